@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs every test this machine can run, in the repository's own environment (made if missing), and says which
+# were skipped and why. Arguments go to pytest: bash tests/run.sh tests/unit -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/env.sh test,data
+
+# Ranks of distributed tests set their own number; a single process gains little beyond two cores here.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 2 ? cores : 2))}
+
+code=0
+.venv/bin/python -m pytest -rs "$@" || code=$?   # -rs: one line per skipped test with its reason
+case $code in
+    0) echo "tests/run.sh: passed (skipped tests, if any, are listed above with their reasons)" ;;
+    5) echo "tests/run.sh: no test was selected" >&2 ;;
+    *) echo "tests/run.sh: FAILED (pytest exit code $code)" >&2 ;;
+esac
+exit "$code"
