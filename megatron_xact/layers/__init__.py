@@ -1,0 +1,1 @@
+"""Where the activations live: Megatron modules, layer specs and the tensor-parallel rule."""

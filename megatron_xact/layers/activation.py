@@ -1,0 +1,70 @@
+"""A trainable activation as a module: fp32 parameters that stay fp32, replicated over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+
+from megatron_xact.activations import Activation
+from megatron_xact.kernels.ops import apply_activation
+from megatron_xact.layers.tensor_parallel import sum_gradients_over_tensor_parallel
+
+
+class TrainableActivation(torch.nn.Module):
+    """`activation` with its raw parameters, each of shape (1,) and fp32 (DESIGN.md, decisions 3 and 4).
+
+    Inside an MLP the parameters are named `mlp.activation_func.alpha_p` and so on: the names, shapes ([1] per layer,
+    [L, 1] in a distributed checkpoint) and raw values that existing xIELU checkpoints use.
+    """
+
+    def __init__(self, activation: Activation, tp_group: torch.distributed.ProcessGroup):
+        super().__init__()
+        self.activation = activation
+        self.tp_group = tp_group
+        for name, raw in activation.initial_raw().items():
+            self.register_parameter(name, torch.nn.Parameter(torch.full((1,), raw, dtype=torch.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [s, b, F/tp] (gated: [s, b, 2 F/tp], gate half first) -> [s, b, F/tp]."""
+        p = self.activation.effective(dict(self.named_parameters()))
+        return apply_activation(self.activation, x, sum_gradients_over_tensor_parallel(p, self.tp_group))
+
+    @torch.no_grad()
+    def effective_values(self) -> dict[str, float]:
+        """Parameter name -> effective value, e.g. {"alpha_p": 0.8, "alpha_n": 0.8} at initialisation."""
+        p = self.activation.effective(dict(self.named_parameters()))
+        return {q.name: float(p[q.symbol]) for q in self.activation.trainable}
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Replicated over tensor- and data-parallel ranks: any TP/PP can load what any other saved.
+
+        Megatron's default for plain modules makes every tensor-parallel rank the main replica, and saving then fails.
+        """
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.activation.name}: {self.activation.formula}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableActivation:
+        # Float16Module (and any .half()/.bfloat16()) reaches every parameter through here. Follow the move to another
+        # device, refuse the cast: bf16 resolves an alpha near 0.8 only in steps of 0.5 %.
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)

@@ -1,0 +1,57 @@
+"""Megatron's MLP with one of our activations, gated or not, with or without fc1 bias."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
+from torch import Tensor
+
+from megatron_xact.activations import Activation
+from megatron_xact.layers.activation import TrainableActivation
+
+
+class ActivationMLP(MLP):
+    """h -> fc1 -> activation -> fc2; weights, sharding and checkpoint keys are those of Megatron's own MLP.
+
+    Only `activation_func` differs: a module with parameters, in place of a stateless function. `config.activation_func`
+    is not used (Megatron has no slot for a function with state: its own accepts gelu, silu and relu only).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs
+    ):
+        if config.gated_linear_unit != activation.gated:
+            is_, flag = ("gated", "add") if activation.gated else ("not gated", "remove")
+            raise ValueError(
+                f"activation {activation.name!r} is {is_} but gated_linear_unit is {config.gated_linear_unit}: "
+                f"{flag} --swiglu (it sizes fc1 and the FLOP count; the activation itself comes from the spec)"
+            )
+        super().__init__(config, submodules, *args, **kwargs)
+        self.activation_func = TrainableActivation(activation, self.tp_group)
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism) -> the same shape, and fc2's bias."""
+        assert per_token_scale is None, "experts are refused by the layer spec"
+        preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
+        if bias is not None:
+            preact = preact + bias
+        postact = self.activation_func(preact)  # [s, b, F/tp]
+        return apply_module(self.linear_fc2)(postact)
+
+    @classmethod
+    def as_mlp_submodule(
+        cls,
+        submodules: MLPSubmodules,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool,
+        *,
+        activation: Activation,
+        **kwargs,
+    ) -> ActivationMLP:
+        """The builder that fills a layer spec's `mlp` slot, as Megatron's own, with the activation's record."""
+        return cls(config, submodules, tp_group=pg_collection.tp, activation=activation, **kwargs)

@@ -1,0 +1,93 @@
+"""Layer specs, one per activation, usable from Megatron's own `pretrain_gpt.py`:
+
+    --spec megatron_xact.layers.specs xielu            (gated activations also need --swiglu)
+
+Each name is a callable that takes Megatron's model config and returns the decoder block: Megatron's stock layer
+(TransformerEngine's where it is installed and `--transformer-impl` asks for it, else the local one) with the MLP, and
+in the local layer also the norm and the attention core, replaced. This is the one module that knows Megatron's spec API.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import print_rank_0
+
+from megatron_xact import activations
+from megatron_xact.activations import Activation
+from megatron_xact.layers.local import Norm, ScaledDotProductAttention
+from megatron_xact.layers.mlp import ActivationMLP
+
+
+def decoder_block(
+    config: GPTModelConfig, vp_stage: int | None = None, *, activation: Activation
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage, every MLP with `activation`, and the final norm.
+
+    Raises ValueError for what the spec does not cover: mixture of experts, multi-latent attention, multi-token
+    prediction, and an activation whose gatedness contradicts `--swiglu`.
+    """
+    transformer = config.transformer
+    for feature, wanted in {
+        "mixture of experts (--num-experts)": transformer.num_moe_experts is not None,
+        "multi-latent attention": transformer.multi_latent_attention,
+        "multi-token prediction (--mtp-num-layers)": transformer.mtp_num_layers is not None,
+    }.items():
+        if wanted:
+            raise ValueError(f"{feature} is not supported by megatron_xact's layer specs yet; leave it out")
+
+    use_te = transformer.transformer_impl == "transformer_engine" and HAVE_TE
+    layer = _te_layer(transformer) if use_te else _local_layer(transformer)
+    layer.mlp = partial(
+        ActivationMLP.as_mlp_submodule, submodules=layer.mlp.keywords["submodules"], activation=activation
+    )
+    _announce(activation, transformer, use_te)
+    return TransformerBlockSubmodules(
+        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)]
+        * get_num_layers_to_build(transformer, vp_stage),
+        layer_norm=TENorm if use_te else Norm,
+    )
+
+
+def _te_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
+    return get_gpt_layer_with_transformer_engine_submodules(
+        qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
+    )
+
+
+def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
+    layer = get_gpt_layer_local_submodules(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention = layer.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    if config.qk_layernorm and not config.qk_l2_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return layer
+
+
+def _announce(activation: Activation, config: TransformerConfig, use_te: bool) -> None:
+    # Megatron trains its default layer, with exit code 0, when --spec names something it cannot import. So the
+    # presence of this line is what tells a user (and a log search) that the activation is really in.
+    learned = ", ".join(q.name for q in activation.trainable) or "none"
+    wanted_te = config.transformer_impl == "transformer_engine"
+    layer = "TransformerEngine" if use_te else "local" + (" (TransformerEngine is not installed)" if wanted_te else "")
+    print_rank_0(
+        f"> megatron-xact: {activation.name} in every MLP, {activation.formula}; trainable: {learned} "
+        f"(fp32, gradient summed over {config.tensor_model_parallel_size} tensor-parallel ranks); {layer} layer"
+    )
+
+
+# Megatron looks the spec's name up in vars(module), so the names have to be there: one per record.
+globals().update({name: partial(decoder_block, activation=activations.get(name)) for name in activations.names()})
