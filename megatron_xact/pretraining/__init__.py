@@ -1,0 +1,1 @@
+"""How activations train: TOML config -> Megatron's arguments -> Megatron's own `pretrain`, and its data."""

@@ -1,0 +1,242 @@
+"""What must fit together before a run may start: sizes and ranks, data, tokenizer, checkpoint.
+
+Megatron checks much of this too, but late, by assertion on every rank; and after a missing checkpoint or bad
+tracker file it starts from random weights or exits with code 0. Here the first problem is told in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_xact.pretraining import arguments
+
+if TYPE_CHECKING:
+    from megatron_xact.pretraining.config import RunConfig
+
+REQUIRED = (
+    "num-layers",
+    "hidden-size",
+    "num-attention-heads",
+    "seq-length",
+    "max-position-embeddings",
+    "micro-batch-size",
+)
+POSITIVE = REQUIRED + (
+    "train-iters",
+    "train-samples",
+    "global-batch-size",
+    "ffn-hidden-size",
+    "num-query-groups",
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "context-parallel-size",
+)
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def validate(config: RunConfig, world_size: int | None = None) -> None:
+    """ValueError or FileNotFoundError tells the first problem. `world_size`: default WORLD_SIZE, or 1."""
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args = arguments.parse(config.arguments())
+    _required(args)
+    _model(args, num_query_groups_given="num-query-groups" in config.megatron)
+    _parallel(args, world_size)
+    _data(args)
+    _tokenizer(args)
+    _checkpoint(args)
+
+
+def _required(args: Namespace) -> None:
+    for name in REQUIRED:
+        if getattr(args, name.replace("-", "_")) is None:
+            raise ValueError(f"{name} is missing; every run needs it")
+    if not args.skip_train:
+        if (args.train_iters is None) == (args.train_samples is None):
+            found = "both are" if args.train_iters is not None else "neither is"
+            raise ValueError(f"set one of train-iters and train-samples; {found} set")
+        if args.lr is None:
+            raise ValueError("lr is missing; training needs a learning rate")
+    for name in POSITIVE:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1")
+
+
+def _divides(size: int, size_name: str, total: int, total_name: str) -> None:
+    if total % size:
+        raise ValueError(f"{size_name} = {size} must divide {total_name} = {total}; change one of them")
+
+
+def _model(args: Namespace, num_query_groups_given: bool) -> None:
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.kv_channels is None:
+        _divides(heads, "num-attention-heads", args.hidden_size, "hidden-size")
+    if args.group_query_attention:
+        _divides(groups, "num-query-groups", heads, "num-attention-heads")
+    elif num_query_groups_given:
+        raise ValueError(f"num-query-groups = {groups} has no effect without group-query-attention = true")
+    if args.max_position_embeddings < args.seq_length:
+        raise ValueError(
+            f"max-position-embeddings = {args.max_position_embeddings} must be at least "
+            f"seq-length = {args.seq_length}"
+        )
+
+
+def _parallel(args: Namespace, world_size: int) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    tp_name, groups = "tensor-model-parallel-size", args.num_query_groups
+    _divides(tp, tp_name, args.num_attention_heads, "num-attention-heads")
+    if args.group_query_attention and groups % tp and tp % groups:
+        raise ValueError(f"{tp_name} = {tp} must divide num-query-groups = {groups} or be a multiple of it")
+    if args.ffn_hidden_size is not None:
+        _divides(tp, tp_name, args.ffn_hidden_size, "ffn-hidden-size")
+    elif args.swiglu:  # Megatron's default for gated MLPs: two thirds of 4h, in multiples of 64
+        default = int((4 * args.hidden_size * 2 / 3) / 64) * 64
+        _divides(tp, tp_name, default, "ffn-hidden-size (Megatron's default)")
+    else:
+        _divides(tp, tp_name, 4 * args.hidden_size, "ffn-hidden-size (Megatron's default)")
+    if args.sequence_parallel and tp > 1:  # at tp = 1 Megatron switches it off and says so
+        _divides(tp, f"sequence-parallel: {tp_name}", args.seq_length, "seq-length")
+    if cp > 1:
+        _divides(2 * cp, "2 x context-parallel-size", args.seq_length, "seq-length")
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.pipeline_model_parallel_layout,
+    )
+    if all(setting is None for setting in uneven):
+        # Embedding and loss count as a layer each where the config says so.
+        extra = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        counted = " (with embedding and loss)" if extra else ""
+        _divides(pp, "pipeline-model-parallel-size", args.num_layers + extra, f"num-layers{counted}")
+
+    model = tp * pp * cp
+    if world_size % model:
+        raise ValueError(
+            f"{world_size} process(es) cannot be split into tensor {tp} x pipeline {pp} x context {cp} "
+            f"= {model} parallel ranks; start a multiple of that (--nproc-per-node) or reduce these sizes"
+        )
+    dp, batch, micro = world_size // model, args.global_batch_size, args.micro_batch_size
+    fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
+    if batch is not None and fixed and batch % (micro * dp):
+        raise ValueError(
+            f"global-batch-size = {batch} must be a multiple of micro-batch-size x data-parallel size = "
+            f"{micro} x {dp} = {micro * dp}"
+        )
+
+
+def _data(args: Namespace) -> None:
+    lists = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+    files = ("data-args-path", "per-split-data-args-path")
+    given = {name: getattr(args, name.replace("-", "_")) for name in lists + files}
+    if not args.mock_data and not any(given.values()):
+        raise ValueError(
+            'no data: set data-path = "prefix" of .bin/.idx files (`xact data` makes them) or mock-data'
+        )
+    for name in lists:
+        for prefix in _prefixes(given[name] or []):
+            for suffix in (".bin", ".idx"):
+                if "://" not in prefix and not Path(prefix + suffix).is_file():
+                    raise FileNotFoundError(
+                        f"{name}: no such file {prefix + suffix} (a data path is the common prefix of a .bin "
+                        "and an .idx file; `xact data` makes them)"
+                    )
+    for name in files:
+        if given[name] is not None and not Path(given[name]).is_file():
+            raise FileNotFoundError(f"{name}: no such file {given[name]}")
+
+
+def _prefixes(blend: list[str]) -> list[str]:
+    """The names in a blend: a list of names, or of weight, name, weight, name, ..."""
+    weights, names = blend[::2], blend[1::2]
+    if len(blend) % 2 == 0 and all(re.fullmatch(r"[-+.\deE]+", word) for word in weights):
+        return names
+    return blend
+
+
+def _tokenizer(args: Namespace) -> None:
+    path = args.tokenizer_model
+    if path is None or Path(path).exists() or "://" in path:
+        return
+    # "org/name" may be a model on the Hugging Face hub; beside a folder "org" it is a missing folder.
+    hub = args.tokenizer_type == "HuggingFaceTokenizer" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)
+    if not hub or ("/" in path and Path(path).parent.is_dir()):
+        raise FileNotFoundError(f"tokenizer-model: no such file or folder {path} (`xact data` makes one)")
+
+
+def _checkpoint(args: Namespace) -> None:
+    folders = {
+        name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")
+    }
+    folders = {name: Path(path) for name, path in folders.items() if path is not None and "://" not in path}
+    for name, folder in folders.items():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{name} = {str(folder)!r} is a file; it must be a folder")
+    save = folders.pop("save", None)
+    for name, folder in folders.items():
+        if args.ckpt_step is None and not (folder / TRACKER).is_file():
+            # load = save is the idiom for "resume if there is something to resume".
+            if name == "load" and save is not None and folder.resolve() == save.resolve():
+                continue
+            raise FileNotFoundError(
+                f"{name}: no checkpoint in {folder} (no {TRACKER}); leave {name} out to start from random "
+                "weights, or set it equal to save to resume when there is one"
+            )
+        check_checkpoint(folder, args.ckpt_step)
+
+
+def check_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint that Megatron would load from `folder` (`step`: --ckpt-step), found whole.
+
+    FileNotFoundError: it is not there. ValueError: the tracker file, the shards' index or a shard is damaged.
+    The shards are not read; but all the bytes that the index promises are there.
+    """
+    others = ", ".join(sorted(p.name for p in folder.glob("iter_*") if p.is_dir())) or "none"
+    way_out = f"write the number of a whole one into {folder / TRACKER}; there are: {others}"
+    if step is not None:
+        name = f"iter_{step:07d}"
+    else:
+        word = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        if word != "release" and not word.isdecimal():
+            raise ValueError(f"{folder / TRACKER} is corrupt: {word[:40]!r} is no iteration; {way_out}")
+        name = word if word == "release" else f"iter_{int(word):07d}"
+    checkpoint = folder / name
+    if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+        raise FileNotFoundError(f"checkpoint {checkpoint} is missing or empty; {way_out}")
+    if (checkpoint / "metadata.json").is_file() or any(checkpoint.glob("*.distcp")):
+        problem = _damage(checkpoint)
+        if problem:
+            raise ValueError(f"checkpoint {checkpoint} is damaged: {problem}; {way_out}")
+    return checkpoint
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a sharded (torch_dist) checkpoint, by its index `.metadata`, written last."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    for name in ("metadata.json", ".metadata"):
+        if not (checkpoint / name).is_file():
+            return f"no {name}, as when saving was cut off"
+    try:
+        shards = FileSystemReader(checkpoint).read_metadata().storage_data
+        needed: dict[str, int] = {}
+        for shard in shards.values():
+            end = shard.offset + shard.length
+            needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), end)
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        return f".metadata cannot be read ({type(error).__name__})"
+    for name, size in needed.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < size:
+            return f"{name} has {found} of at least {size} bytes"
+    return None

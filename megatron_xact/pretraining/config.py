@@ -1,0 +1,283 @@
+"""A run as a TOML file: Megatron's arguments in a few named tables, the activation, and what is ours.
+
+    base = "llama.toml"              # inherited, relative to this file; tables merge key by key, later wins
+
+    [model]                          # and others, see TABLES
+    num-layers = 24                  # any Megatron argument, without the dashes; the tables only group
+    disable-bias-linear = true       # a flag: true puts it on the command line, false leaves it out
+
+    [activation]
+    name = "xielu"                   # `xact doctor` lists the names; see ActivationConfig
+    alpha_p = 0.8                    # effective initial value of a parameter of that activation
+
+    [xact]                           # see XactConfig
+    guard-interval = 100
+
+Instead of passing unknown or ill-typed keys on, every key is checked against Megatron's own parser; errors
+say where it stands. Paths inside the tables are relative to the current directory, as for Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from megatron_xact import activations
+from megatron_xact.activations import Activation
+from megatron_xact.pretraining import arguments
+from megatron_xact.pretraining.arguments import Value
+from megatron_xact.pretraining.checks import validate
+
+__all__ = ["ActivationConfig", "RunConfig", "XactConfig", "load", "validate"]
+
+TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
+Tables = dict[str, dict[str, object]]
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """[activation]. Every other key of the table is a parameter's effective initial value."""
+
+    name: str
+    init: dict[str, float] = field(default_factory=dict)
+    """Effective initial values that differ from the record's, e.g. {"alpha_p": 0.8}."""
+    trainable: tuple[str, ...] | None = None
+    """Names of all the parameters that are learned; None: the record's own choice."""
+    eps: float = 0.0
+    """Bit-parity with implementations that clamp the negative branch at min(x, eps), e.g. -1e-6; 0: exact."""
+    lr_mult: float = 1.0
+    """Multiplier of the run's learning rate for the activation's parameters."""
+    weight_decay: float = 0.0
+    """Multiplier of the run's weight decay for the activation's parameters; 0: none."""
+
+    def record(self) -> Activation:
+        """The activation this table describes. ValueError: unknown name or parameter, impossible value."""
+        return activations.get(self.name, trainable=self.trainable, eps=self.eps, **self.init)
+
+    def identity(self) -> dict[str, object]:
+        """What a checkpoint must say about its activation for its alphas to mean anything."""
+        record = self.record()
+        fixed = {q.name: q.init for q in record.parameters if not q.trainable}
+        return {
+            "name": record.name,
+            "trainable": [q.name for q in record.trainable],
+            "fixed": fixed,
+            "eps": self.eps,
+        }
+
+
+@dataclass(frozen=True)
+class XactConfig:
+    """[xact]."""
+
+    guard_interval: int = 100
+    """Steps between comparisons of replicated parameters over the tensor-parallel ranks; 0: off."""
+    telemetry_interval: int = 10
+    """Steps between records of every layer's activation parameters; 0: off."""
+    sample_tokens: int = 0
+    """Tokens of text to generate when training ends, as a first look at the model; 0: none."""
+    sample_prompt: str = "The "
+    """What the sample continues."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A resolved config: bases merged, every key known, every value of its type, the activation possible."""
+
+    megatron: dict[str, Value]
+    """Megatron's arguments by their names with hyphens, in the order they were first given."""
+    activation: ActivationConfig
+    xact: XactConfig
+    source: Path | None = field(default=None, compare=False)
+    tables: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Which table each Megatron argument stands in; grouping only, no meaning."""
+
+    def arguments(self) -> list[str]:
+        """Megatron's command line; with --swiglu if gated: Megatron sizes fc1 and counts FLOPs by it."""
+        words = [
+            word for key, value in self.megatron.items() for word in arguments.find(key)[0].tokens(value)
+        ]
+        return words + (["--swiglu"] if self.activation.record().gated else [])
+
+    def with_overrides(self, words: list[str] | tuple = (), sets: list[str] | tuple = ()) -> RunConfig:
+        """This config with `sets` ("table.key=value", in TOML), then Megatron flags (`words`), over it."""
+        layers = [(str(self.source), self._as_tables())]
+        layers += [(f"--set {text}", _read_set(text)) for text in sets]
+        for key, value in arguments.read_tokens(list(words)).items():
+            layers.append(("command line", {self.tables.get(key, "runtime"): {key: value}}))
+        return _resolve(layers, self.source)
+
+    def dump(self) -> str:
+        """TOML that loads to an equal config, with no base."""
+        parts = []
+        for table, entries in self._as_tables().items():
+            lines = [f"{_toml_key(key)} = {_toml(value)}" for key, value in entries.items()]
+            parts.append("\n".join([f"[{table}]", *lines]) + "\n")
+        return "\n".join(parts)
+
+    def _as_tables(self) -> Tables:
+        tables: Tables = {name: {} for name in TABLES}
+        for key, value in self.megatron.items():
+            tables[self.tables.get(key, "runtime")][key] = value
+        a = self.activation
+        activation = {
+            "name": a.name,
+            **a.init,
+            "eps": a.eps,
+            "lr-mult": a.lr_mult,
+            "weight-decay": a.weight_decay,
+        }
+        if a.trainable is not None:
+            activation["trainable"] = list(a.trainable)
+        xact = {f.name.replace("_", "-"): getattr(self.xact, f.name) for f in fields(XactConfig)}
+        return {name: t for name, t in tables.items() if t} | {"activation": activation, "xact": xact}
+
+
+def load(path: str | Path) -> RunConfig:
+    """Reads and checks a config and its bases. FileNotFoundError, or ValueError naming key and place."""
+    path = Path(path)
+    return _resolve([(str(p), tables) for p, tables in _read(path, ())], path)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Tables]]:
+    """The file's tables, after those of its bases. `above`: the files that led here."""
+    if path.resolve() in (p.resolve() for p in above):
+        raise ValueError(f"base goes in a circle: {' -> '.join(map(str, (*above, path)))}")
+    if not path.is_file():
+        hint = f" (base of {above[-1]})" if above else ""
+        raise FileNotFoundError(f"no such config file: {path}{hint}")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    base = tables.pop("base", None)
+    if base is None:
+        return [(path, tables)]
+    if not isinstance(base, str):
+        raise ValueError(f"base = {base!r} ({path}): expected a file name, relative to this file")
+    return [*_read(path.parent / base, (*above, path)), (path, tables)]
+
+
+def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig:
+    """Merges layers, earliest first, checking every key. A layer is (where it is from, tables)."""
+    megatron: dict[str, Value] = {}
+    homes: dict[str, str] = {}
+    activation: dict[str, object] = {}
+    xact: dict[str, int | str] = {}
+    for where, tables in layers:
+        seen: dict[str, str] = {}
+        for table, entries in tables.items():
+            if not isinstance(entries, dict):
+                raise ValueError(
+                    f"{table} = {entries!r} ({where}) stands in no table; put it into e.g. [model]"
+                )
+            place = f"{where} [{table}]"
+            if table == "activation":
+                activation = _merge_activation(activation, entries, place)
+            elif table == "xact":
+                xact |= _check_xact(entries, place)
+            elif table in TABLES:
+                for key, value in entries.items():
+                    name, value = _check_argument(key, value, place)
+                    if name in seen:
+                        raise ValueError(
+                            f"{key} is given twice in {where}: in [{seen[name]}] and in [{table}]"
+                        )
+                    seen[name] = table
+                    megatron[name] = value
+                    homes[name] = table
+            else:
+                known = ", ".join(f"[{t}]" for t in (*TABLES, "activation", "xact"))
+                raise ValueError(f"unknown table [{table}] ({where}); the tables are {known}")
+    return RunConfig(megatron, _activation(activation, str(source)), XactConfig(**xact), source, homes)
+
+
+def _check_argument(key: str, value: object, place: str) -> tuple[str, Value]:
+    try:
+        flag, negated = arguments.find(key)
+    except ValueError as error:
+        raise ValueError(f"{error} ({place})") from None
+    try:
+        value = flag.check(value)
+    except ValueError as error:
+        raise ValueError(f"{key} = {value!r} ({place}): {error}") from None
+    return flag.name, not value if negated else value
+
+
+def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
+    """Key by key; but when the name changes, parameters do not carry over (lr-mult and weight-decay do)."""
+    entries = {key.replace("-", "_"): value for key, value in entries.items()}
+    kinds = {"name": (str, "a string"), "trainable": (list, "a list of parameter names")}
+    for key, value in entries.items():
+        kind, words = kinds.get(key, (int | float, "a number"))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{key} = {value!r} ({place}): expected {words}")
+        if key in ("lr_mult", "weight_decay") and value < 0:
+            raise ValueError(f"{key} = {value!r} ({place}): a multiplier cannot be negative")
+    if "trainable" in entries and not all(isinstance(name, str) for name in entries["trainable"]):
+        raise ValueError(
+            f"trainable = {entries['trainable']!r} ({place}): expected a list of parameter names"
+        )
+    if "name" in entries and entries["name"] != inherited.get("name"):
+        inherited = {key: inherited[key] for key in ("lr_mult", "weight_decay") if key in inherited}
+    return inherited | entries
+
+
+def _activation(entries: dict[str, object], where: str) -> ActivationConfig:
+    settings = {f.name for f in fields(ActivationConfig)} - {"init"}
+    given = {key: value for key, value in entries.items() if key in settings}
+    if "name" not in given:
+        raise ValueError(f'no activation ({where}): add a table [activation] with e.g. name = "xielu"')
+    if "trainable" in given:
+        given["trainable"] = tuple(given["trainable"])
+    init = {key: value for key, value in entries.items() if key not in settings}
+    config = ActivationConfig(init=init, **given)
+    try:
+        record = config.record()
+    except ValueError as error:
+        raise ValueError(f"{error} ({where} [activation])") from None
+    return ActivationConfig(init=init, **(given | {"name": record.name}))
+
+
+def _check_xact(entries: dict, place: str) -> dict[str, int | str]:
+    checked = {}
+    types = {f.name: type(f.default) for f in fields(XactConfig)}
+    for key, value in entries.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            raise ValueError(
+                f"unknown key {key!r} ({place}); it has {', '.join(n.replace('_', '-') for n in types)}"
+            )
+        if type(value) is not types[name] or (types[name] is int and value < 0):
+            expected = "a string" if types[name] is str else "a whole number, 0 for none"
+            raise ValueError(f"{key} = {value!r} ({place}): expected {expected}")
+        checked[name] = value
+    return checked
+
+
+def _read_set(text: str) -> Tables:
+    path, equals, value = text.partition("=")
+    table, dot, key = path.strip().partition(".")
+    if not (equals and dot and key):
+        raise ValueError(f"--set {text}: expected table.key=value, e.g. --set activation.name=xielu")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word: the quotes that TOML wants rarely survive a shell
+    return {table: {key: parsed}}
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value)

@@ -1,0 +1,233 @@
+"""Megatron without a GPU: a stand-in for the CUDA calls of `megatron.training` 0.19 (gloo, CPU tensors).
+
+A development and test platform: it is what lets the quickstart, the tests and studies of tiny models run anywhere, with
+the same trainer, parallelism and checkpoints as on GPUs. It is the one place where this project replaces symbols of
+torch and Megatron at run time; importing it does nothing, `activate()` does, and refuses where CUDA is present.
+
+What stands in for what:
+* tensors asked for on "cuda" are made on the CPU: the factories that take `device=` are wrapped (a TorchFunctionMode
+  would do the same at the cost of a Python call on every operation);
+* the CUDA generator is a CPU generator of its own. It must not be the default one: tensor-parallel seeding would then
+  change the weight initialisation, and TP=2 would no longer equal TP=1;
+* streams, events, memory statistics and nvtx ranges do nothing; CUDA type names are answered for CPU tensors.
+
+Weights must be initialised by `--use-cpu-initialization` (master weight, then sharded): kernels here draw from the
+default generator, so Megatron's per-rank CUDA initialisation would give every shard the same values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from types import SimpleNamespace
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros",
+    "zeros_like",
+)  # fmt: skip
+_TENSOR_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+
+
+def activate() -> None:
+    """Make this process able to run `megatron.training` on the CPU. Idempotent; RuntimeError where CUDA is present."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU platform is for machines without a GPU, and torch sees one here")
+    if getattr(torch.cuda, "_xact_cpu_platform", False):
+        return
+    torch.cuda._xact_cpu_platform = True
+    # First of all: dynamo reads its tables of torch.cuda functions once, on the first torch.compile decorator.
+    import megatron.training.training  # noqa: F401
+
+    _redirect_devices()
+    _stand_in_for_torch_cuda()
+    _stand_in_for_cuda_generator()
+    _adapt_megatron()
+
+
+def is_active() -> bool:
+    return getattr(torch.cuda, "_xact_cpu_platform", False)
+
+
+def _on_cpu(device) -> torch.device | str | int | None:
+    """`device` with every spelling of a CUDA device answered by the CPU; anything else unchanged."""
+    is_cuda = isinstance(device, int) or str(device).startswith("cuda")
+    return _CPU if is_cuda and not isinstance(device, bool) else device
+
+
+def _redirect_devices() -> None:
+    def redirected(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirected(getattr(torch, name)))
+    for name in _TENSOR_METHODS:
+        setattr(torch.Tensor, name, redirected(getattr(torch.Tensor, name)))
+
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self, *args, **kwargs):
+        args = tuple(_on_cpu(a) if isinstance(a, (str, torch.device)) else a for a in args)
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return tensor_to(self, *args, **kwargs)
+
+    def type_(self, dtype=None, *args, **kwargs):
+        # The optimizers sort parameters by the names of CUDA tensor types.
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+class _OnlyQueue:
+    """A CUDA stream or event where there is only one queue: every wait is over before it begins."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, *args):
+        pass
+
+    def wait_event(self, *args):
+        pass
+
+    def record_event(self, *args):
+        return _Event()
+
+    def record(self, *args):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+
+class _Stream(_OnlyQueue):
+    pass
+
+
+class _Event(_OnlyQueue):
+    pass
+
+
+def _stand_in_for_torch_cuda() -> None:
+    def nothing():
+        # A function of its own for each name: dynamo keeps a rule per function and refuses one under two rules.
+        return lambda *args, **kwargs: None
+
+    properties = SimpleNamespace(name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=1)
+    stand_ins = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: 1,  # 0 makes Megatron skip its model-parallel set-up
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
+        "get_device_properties": lambda *args: properties,
+        "get_device_capability": lambda *args: (0, 0),
+        "get_device_name": lambda *args: "CPU",
+        "memory_allocated": lambda *args, **kwargs: 0,
+        "max_memory_allocated": lambda *args, **kwargs: 0,
+        "memory_reserved": lambda *args, **kwargs: 0,
+        "max_memory_reserved": lambda *args, **kwargs: 0,
+        "memory_stats": lambda *args, **kwargs: _ZeroStatistics(),
+        "reset_peak_memory_stats": nothing(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *args: _Stream(),
+        "default_stream": lambda *args: _Stream(),
+        "set_stream": nothing(),
+        "stream": lambda *args: contextlib.nullcontext(),
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing())
+
+
+class _ZeroStatistics(dict):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _stand_in_for_cuda_generator() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    generator = torch.Generator()
+
+    def get_state(device="cuda", clone=False, graph_safe=False) -> torch.Tensor:
+        return generator.get_state()
+
+    def set_state(new_state, device=-1, graph_safe=False) -> None:
+        generator.set_state(new_state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda seed: generator.manual_seed(seed)
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _adapt_megatron() -> None:
+    from megatron.training import initialize, training
+
+    # `pretrain` has no argument for allow_no_cuda, and compiles a Makefile that the wheel lacks (the compiled dataset
+    # helper is in the wheel).
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    initialize._compile_dependencies = lambda: None
+    # Megatron's small fusions are torch.compile'd for GPUs and warmed up at start: minutes of C++ compilation here,
+    # for nothing. Give back the plain functions.
+    training.set_jit_fusion_options = lambda *args, **kwargs: None
+    for module in [m for name, m in sys.modules.items() if name.startswith("megatron.")]:
+        for name, value in list(vars(module).items()):
+            if (plain := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
+                setattr(module, name, plain)
+    _mend_adamw_resume()
+
+
+def _mend_adamw_resume() -> None:
+    """Let the distributed optimizer resume with torch's AdamW, the only Adam there is without TransformerEngine or apex.
+
+    Megatron 0.19.2 asserts that AdamW already has state while it builds the structure to load into, and then hands one
+    and the same `step` tensor to every parameter, so that each update would count as many steps as there are parameters.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock_sharded_state_dict = DistributedOptimizer.sharded_state_dict
+    stock_load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(stock_sharded_state_dict)
+    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
+        if is_loading and not self.optimizer.state:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in self.optimizer_state_keys}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return stock_sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    @functools.wraps(stock_load_state_dict)
+    def load_state_dict(self, state_dict):
+        stock_load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict

@@ -1,0 +1,68 @@
+"""Which device a run uses here, and the Megatron arguments that follow from it and from what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from megatron_xact.pretraining import cpu_platform
+from megatron_xact.pretraining.arguments import Value
+from megatron_xact.pretraining.config import RunConfig
+
+
+def prepare(config: RunConfig) -> dict[str, Value]:
+    """Make this process ready to train `config`; returns the arguments to add to it (the config's own win).
+
+    ValueError: the config asks for what this machine lacks.
+    """
+    if not torch.cuda.is_available():
+        cpu_platform.activate()
+    # Megatron wants one queue of work per device for its overlap of tensor-parallel communication.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=_installed("transformer_engine"))
+    for key, value in arguments.items():
+        if key in config.megatron and config.megatron[key] != value:
+            _refuse(config, key, value)
+    return {key: value for key, value in arguments.items() if key not in config.megatron}
+
+
+def missing_arguments(has_gpu: bool, has_te: bool) -> dict[str, Value]:
+    """What a config needs beside itself where there is no GPU or no TransformerEngine."""
+    arguments: dict[str, Value] = {}
+    if not has_te:
+        arguments |= {
+            "transformer-impl": "local",
+            "no-persist-layer-norm": True,
+            "no-rope-fusion": True,
+            "no-masked-softmax-fusion": True,
+        }
+        if not _installed("fused_weight_gradient_mlp_cuda"):  # apex's
+            arguments["no-gradient-accumulation-fusion"] = True
+    if not has_gpu:
+        arguments |= {"distributed-backend": "gloo", "use-cpu-initialization": True}
+    return arguments
+
+
+def default_processes(config: RunConfig) -> int:
+    """Processes to start on this machine: every GPU there is, else as many as one copy of the model is split into."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    sizes = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
+    processes = 1
+    for name in sizes:
+        processes *= config.megatron.get(name, 1)
+    return processes
+
+
+def _refuse(config: RunConfig, key: str, value: Value) -> None:
+    lacking = "a GPU" if key in ("distributed-backend", "use-cpu-initialization") else "TransformerEngine (or apex)"
+    raise ValueError(
+        f"{key} = {config.megatron[key]!r} needs {lacking}, which this machine lacks (`xact doctor`); "
+        f"leave {key} out, and it will be {value!r} here"
+    )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,116 @@
+"""The `xact` command: what it parses, how it fails, and that it starts without torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_xact import cli
+
+REPOSITORY = Path(__file__).parents[2]
+HEAVY = ("torch", "megatron", "numpy", "transformers", "tokenizers")
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_xact", *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def heavy_modules_of(code: str) -> list[str]:
+    """Which heavy packages a fresh interpreter has imported after running `code`."""
+    ending = f"import sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{ending}"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_help_is_light():
+    code = """
+from megatron_xact import cli
+try: cli.main(["--help"])
+except SystemExit as ending: assert ending.code == 0
+try: cli.main(["pretrain", "--help"])
+except SystemExit as ending: assert ending.code == 0
+"""
+    assert heavy_modules_of(code) == []
+
+
+def test_the_check_for_light_help_can_fail():
+    assert "torch" in heavy_modules_of("import megatron_xact.activations")
+
+
+def test_every_command_is_listed():
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+def test_pretrain_keeps_megatrons_flags_in_order_and_takes_its_own():
+    words = (
+        "pretrain a.toml --bf16 --nproc-per-node 2 --train-iters 100 --set model.x=1 --data-path 0.3 a 0.7 b"
+    )
+    args = cli.parse([*words.split(), "--set", "model.y=2", "--print-args", "--lr", "-1"])
+    assert (args.config, args.nproc_per_node, args.set, args.print_args) == (
+        "a.toml",
+        2,
+        ["model.x=1", "model.y=2"],
+        True,
+    )
+    assert args.overrides == "--bf16 --train-iters 100 --data-path 0.3 a 0.7 b --lr -1".split()
+
+
+def test_abbreviations_of_ours_are_left_to_megatron():
+    args = cli.parse(["pretrain", "a.toml", "--print"])
+    assert not args.print_args and args.overrides == ["--print"]
+
+
+def test_a_user_error_is_one_line_and_a_traceback_only_on_request():
+    done = run("pretrain", "none.toml", "--print-args")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("xact: error: ") and "Traceback" not in done.stderr
+    assert "Traceback" in run("pretrain", "none.toml", "--print-args", XACT_TRACEBACK="1").stderr
+
+
+@pytest.mark.parametrize("words", [[], ["dokter"], ["doctor", "--jsn"]])
+def test_wrong_usage_exits_with_2(words):
+    done = run(*words)
+    assert done.returncode == 2 and "usage: xact" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "xact: interrupted"),
+        (ValueError("two\nlines"), 2, "xact: error: two lines"),
+        (FileNotFoundError("gone"), 2, "xact: error: gone"),
+        (ImportError("no quack"), 2, "xact: error: no quack"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, said):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command("fails", lambda parser: None, fail))
+    monkeypatch.delenv("XACT_TRACEBACK", raising=False)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == said + "\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(args):
+        raise AssertionError("ours")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command("fails", lambda parser: None, fail))
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["doctor"])

@@ -1,0 +1,463 @@
+"""The TOML config: what reaches Megatron's own parser, what is refused and how, and that it round-trips."""
+
+import argparse
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_xact import activations
+from megatron_xact.pretraining import arguments
+from megatron_xact.pretraining.checks import check_checkpoint
+from megatron_xact.pretraining.config import RunConfig, load, validate
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
+PARSER = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+TINY = """
+[model]
+num-layers = 2
+hidden_size = 64
+ffn-hidden-size = 192
+num-attention-heads = 4
+seq-length = 32
+max-position-embeddings = 32
+disable-bias-linear = true
+untie-embeddings-and-output-weights = false
+attention-backend = "unfused"
+
+[data]
+mock-data = true
+tokenizer-type = "NullTokenizer"
+
+[optimizer]
+lr = 1e-3
+
+[schedule]
+train-iters = 10
+micro-batch-size = 2
+
+[activation]
+name = "xielu"
+alpha_p = 0.7
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> RunConfig:
+    return write(tmp_path / "tiny.toml", TINY)
+
+
+def write(path: Path, text: str) -> RunConfig:
+    path.write_text(text)
+    return load(path)
+
+
+def error(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        write(tmp_path / "bad.toml", text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(tmp_path) + "/", "")
+
+
+def megatron_reads(config: RunConfig) -> argparse.Namespace:
+    """What Megatron makes of the command line, by a parser of its own."""
+    return PARSER.parse_args(config.arguments())
+
+
+# What Megatron gets
+
+
+def test_megatron_parses_the_values(tiny):
+    args = megatron_reads(tiny)
+    assert (args.num_layers, args.hidden_size, args.train_iters, args.lr) == (2, 64, 10, 1e-3)
+    assert args.add_bias_linear is False  # disable-bias-linear = true
+    assert args.untie_embeddings_and_output_weights is False
+    assert args.attention_backend.name == "unfused"
+    assert args.swiglu is False
+
+
+def test_every_flag_of_megatron_can_be_set_and_reads_back_as_given():
+    """Each of Megatron's arguments, through check, tokens and Megatron's parser, for a value of its kind."""
+    names = {flag.name: flag for flag in arguments._flags().values() if flag.name not in arguments.REFUSED}
+    assert len(names) > 700
+    for name, flag in names.items():
+        action = flag.action
+        if flag.boolean:
+            value, expected = True, not isinstance(action, argparse._StoreFalseAction)
+        else:
+            kind = {int: -7, float: -2.5e-6, str: "a b", None: "a b"}.get(action.type)
+            if action.choices or kind is None:
+                continue
+            count = action.nargs if isinstance(action.nargs, int) else 2
+            # argparse takes -2.5e-6 for a flag, so in a list it cannot stand; alone it goes as --flag=value
+            value = expected = [abs(kind) if action.type is float else kind] * count if flag.many else kind
+        read = getattr(PARSER.parse_args(flag.tokens(flag.check(value))), action.dest)
+        assert read == expected, name
+
+
+@pytest.mark.parametrize("value, expected", [(True, True), (False, False)])
+def test_boolean_optional_flags_take_both_values(tiny, value, expected):
+    flag = "rl-partial-rollouts"
+    config = tiny.with_overrides(sets=[f"runtime.{flag}={str(value).lower()}"])
+    assert megatron_reads(config).rl_partial_rollouts is expected
+    negated = tiny.with_overrides(sets=[f"runtime.no-{flag}={str(value).lower()}"])
+    assert megatron_reads(negated).rl_partial_rollouts is not expected
+
+
+@pytest.mark.parametrize("name", activations.names())
+def test_gated_activations_and_only_they_add_swiglu(tiny, name):
+    config = tiny.with_overrides(sets=[f"activation.name={name}"])
+    assert megatron_reads(config).swiglu is activations.get(name).gated
+
+
+def test_data_blends_may_mix_weights_and_names(tiny):
+    config = tiny.with_overrides(sets=['data.data-path=[0.3, "a", 7, "b"]'])
+    assert megatron_reads(config).data_path == ["0.3", "a", "7", "b"]
+    single = tiny.with_overrides(sets=["data.data-path=a"])
+    assert megatron_reads(single).data_path == ["a"]
+
+
+# What is refused when the file is read
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("num-layer = 2", "unknown argument 'num-layer'; nearest: 'num-layers' (bad.toml [model])"),
+        ("add_bias_linear = false", "Megatron's flag for it is 'disable-bias-linear'"),
+        ("kv-channels = 'abc'", "kv-channels = 'abc' (bad.toml [model]): expected an integer"),
+        ("kv-channels = 16.0", "kv-channels = 16.0 (bad.toml [model]): expected an integer"),
+        ("kv-channels = true", "expected an integer"),
+        ("init-method-std = '0.1'", "expected a number"),
+        ("bf16 = 1", "bf16 = 1 (bad.toml [model]): expected true or false"),
+        ("normalization = 'Norm'", "expected one of LayerNorm, RMSNorm"),
+        ("attention-backend = 'flashy'", "expected one of flash, fused, unfused, local, auto"),
+        ("rampup-batch-size = [1, 2]", "expected a list of 3 values, each an integer"),
+        ("data-path = [true]", "expected a list of values, each a string"),
+        ("moe-layer-freq = 'x'", "expected a value that Megatron can parse"),
+        ("num_layers = 3", "num_layers is given twice in bad.toml: in [model] and in [model]"),
+        ("swiglu = true", "'swiglu' cannot be set here: the MLP follows from the activation"),
+        ("squared-relu = true", 'set name = "..." in [activation]'),
+        ("spec = ['local']", "the layer spec follows from [activation]"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(tmp_path, line, message):
+    text = TINY.replace('attention-backend = "unfused"', line)
+    assert message in error(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (TINY + "[modle]\nx = 1", "unknown table [modle] (bad.toml); the tables are [model], [parallel]"),
+        ("seed = 1\n" + TINY, "seed = 1 (bad.toml) stands in no table"),
+        (TINY + "[runtime]\nnum-layers = 3", "given twice in bad.toml: in [model] and in [runtime]"),
+        (
+            "[model]\nnum-layers = 2",
+            'no activation (bad.toml): add a table [activation] with e.g. name = "xielu"',
+        ),
+        (TINY.replace("xielu", "xielo"), "xielo"),
+        (TINY + "alpha_q = 1.0", "alpha_q"),
+        (TINY + "alpha_n = 0.2\nbeta = 0.5", "alpha_n"),
+        (TINY + "beta = 'half'", "beta = 'half' (bad.toml [activation]): expected a number"),
+        (TINY + "lr-mult = -1", "a multiplier cannot be negative"),
+        (TINY + "trainable = 'beta'", "expected a list of parameter names"),
+        (TINY + "trainable = [1]", "expected a list of parameter names"),
+        (
+            TINY + "[xact]\nguard-intervall = 3",
+            "unknown key 'guard-intervall' (bad.toml [xact]); it has guard-interval",
+        ),
+        (TINY + "[xact]\nguard-interval = -1", "expected a whole number"),
+        ("num-layers = ", "bad.toml is not valid TOML"),
+        ("base = 3", "base = 3 (bad.toml): expected a file name"),
+    ],
+)
+def test_bad_tables_are_told_in_one_line(tmp_path, text, message):
+    assert message in error(tmp_path, text)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such config file: .*none.toml"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(FileNotFoundError, match=r"none.toml \(base of .*child.toml\)"):
+        write(tmp_path / "child.toml", 'base = "none.toml"')
+
+
+# Inheritance, overrides, dump
+
+
+def test_base_merges_key_by_key_and_is_relative_to_its_file(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "root.toml").write_text(TINY)
+    (tmp_path / "bases" / "mid.toml").write_text(
+        'base = "root.toml"\n[model]\nnum_layers = 3\nhidden-size = 128\n'
+    )
+    text = 'base = "bases/mid.toml"\n[model]\nhidden-size = 256\n[activation]\nalpha_n = 0.9\n'
+    text += "[xact]\nguard_interval = 5"
+    config = write(tmp_path / "child.toml", text)
+    assert [config.megatron[key] for key in ("num-layers", "hidden-size", "train-iters")] == [3, 256, 10]
+    assert config.activation.init == {"alpha_p": 0.7, "alpha_n": 0.9}
+    assert (config.xact.guard_interval, config.xact.telemetry_interval) == (5, 10)
+
+
+def test_another_activation_drops_the_inherited_parameters_but_not_the_multipliers(tmp_path, tiny):
+    config = tiny.with_overrides(sets=["activation.lr-mult=3", "activation.trainable=['alpha_p']"])
+    assert config.activation.trainable == ("alpha_p",)
+    other = config.with_overrides(sets=["activation.name=relu2"]).activation
+    assert (other.init, other.trainable, other.lr_mult) == ({}, None, 3)
+
+
+def test_a_circle_of_bases_is_named(tmp_path):
+    (tmp_path / "a.toml").write_text('base = "b.toml"')
+    (tmp_path / "b.toml").write_text('base = "a.toml"')
+    with pytest.raises(ValueError, match=r"base goes in a circle: \S*a.toml -> \S*b.toml -> \S*a.toml"):
+        load(tmp_path / "a.toml")
+
+
+def test_overrides_win_and_sets_come_first(tiny):
+    config = tiny.with_overrides(
+        ["--train-iters", "7", "--bf16", "--lr=-1", "--init-method-std", "-1e-6", "--data-path", "a", "b"],
+        ["schedule.train-iters=5", "model.disable-bias-linear=false", "activation.alpha_p=0.9"],
+    )
+    args = megatron_reads(config)
+    assert (args.train_iters, args.bf16, args.lr, args.init_method_std) == (7, True, -1.0, -1e-6)
+    assert args.data_path == ["a", "b"] and args.add_bias_linear is True
+    assert config.activation.init == {"alpha_p": 0.9}
+    assert tiny.megatron["train-iters"] == 10  # the original is untouched
+
+
+@pytest.mark.parametrize(
+    "words, sets, message",
+    [
+        (["--num-layer", "3"], [], "unknown argument 'num-layer'; nearest: 'num-layers'"),
+        (["--train-iters", "abc"], [], "--train-iters abc: expected an integer"),
+        (["--train-iters"], [], "--train-iters : expected an integer"),
+        (["--bf16", "true"], [], "--bf16 true: it takes no value"),
+        (["stray"], [], "'stray' belongs to no argument"),
+        (["--swiglu"], [], "'swiglu' cannot be set here"),
+        ([], ["train-iters=3"], "expected table.key=value"),
+        ([], ["modle.x=3"], r"unknown table \[modle\]"),
+        (
+            [],
+            ["schedule.train-iters=x"],
+            r"train-iters = 'x' \(--set schedule.train-iters=x \[schedule\]\): expected",
+        ),
+        ([], ["activation.name=xielo"], "xielo"),
+    ],
+)
+def test_bad_overrides_are_told_in_one_line(tiny, words, sets, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.with_overrides(words, sets)
+
+
+@pytest.mark.parametrize("name", activations.names())
+def test_dump_loads_to_an_equal_config(tmp_path, tiny, name):
+    strings = 'a "quoted"\\path\twith\nlines, ünï ☃ \U0001f600 \x7f'
+    config = tiny.with_overrides(
+        ["--data-path", "0.3", strings, "--lr", "3e-05", "--adam-eps", "1e-30", "--no-rl-partial-rollouts"],
+        [
+            f"activation.name={name}",
+            "activation.weight-decay=0.5",
+            "xact.telemetry-interval=0",
+            "model.bf16=true",
+        ],
+    )
+    learned = [q.name for q in config.activation.record().parameters]
+    config = config.with_overrides(sets=[f"activation.trainable={learned}"])
+    text = config.dump()
+    assert "base" not in tomllib.loads(text)
+    again = write(tmp_path / "dump.toml", text)
+    assert again == config
+    assert vars(megatron_reads(again)) == vars(megatron_reads(config))
+    assert again.with_overrides(["--train-iters", "11"]) != config  # equality can fail
+
+
+def is_base(path: Path) -> bool:
+    """Others inherit from it: it may leave out what they must say, and is read with them."""
+    bases = ((other.parent, tomllib.loads(other.read_text()).get("base")) for other in CONFIGS)
+    return any(base is not None and (folder / base).samefile(path) for folder, base in bases)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if not is_base(path)], ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert megatron_reads(load(path)).num_layers >= 1
+
+
+# What must fit together before training
+
+
+@pytest.mark.parametrize(
+    "words, world_size, message",
+    [
+        (["--num-attention-heads", "3"], 1, "num-attention-heads = 3 must divide hidden-size = 64"),
+        (["--tensor-model-parallel-size", "3"], 3, "size = 3 must divide num-attention-heads = 4"),
+        (
+            ["--tensor-model-parallel-size", "4", "--ffn-hidden-size", "90"],
+            4,
+            "= 4 must divide ffn-hidden-size = 90",
+        ),
+        (
+            ["--group-query-attention", "--num-query-groups", "3"],
+            1,
+            "groups = 3 must divide num-attention-heads = 4",
+        ),
+        (["--num-query-groups", "2"], 1, "no effect without group-query-attention"),
+        (["--tensor-model-parallel-size", "2"], 3, r"3 process\(es\) cannot be split into tensor 2"),
+        (
+            ["--pipeline-model-parallel-size", "4"],
+            4,
+            "pipeline-model-parallel-size = 4 must divide num-layers = 2",
+        ),
+        (["--global-batch-size", "6"], 2, "global-batch-size = 6 must be a multiple of .* 2 x 2 = 4"),
+        (["--seq-length", "64"], 1, "max-position-embeddings = 32 must be at least seq-length = 64"),
+        (["--tensor-model-parallel-size", "0"], 1, "tensor-model-parallel-size = 0 must be at least 1"),
+        (["--train-samples", "5"], 1, "set one of train-iters and train-samples; both are set"),
+        (["--data-path", "none"], 1, "data-path: no such file none.bin"),
+        (["--data-path", "1", "none"], 1, "data-path: no such file none.bin"),
+        (["--data-args-path", "none"], 1, "data-args-path: no such file none"),
+        (["--tokenizer-model", "none/a/b"], 1, "no such file or folder none/a/b"),
+        (["--load", "none"], 1, "load: no checkpoint in none"),
+        (["--load", "none", "--save", "other"], 1, "load: no checkpoint in none"),
+        (
+            ["--pretrained-checkpoint", "none", "--save", "none"],
+            1,
+            "pretrained-checkpoint: no checkpoint in none",
+        ),
+    ],
+)
+def test_validate_tells_the_first_problem(tiny, words, world_size, message):
+    validate(tiny, world_size)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        validate(tiny.with_overrides(words), world_size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "missing", ["num-layers", "seq-length", "micro-batch-size", "lr", "train-iters", "mock-data"]
+)
+def test_validate_names_what_is_missing(tmp_path, missing):
+    lines = [line for line in TINY.splitlines() if not line.startswith(missing)]
+    word = {"train-iters": "neither is", "mock-data": "no data"}.get(missing, f"{missing} is missing")
+    with pytest.raises(ValueError, match=word):
+        validate(write(tmp_path / "short.toml", "\n".join(lines)), 1)
+
+
+@pytest.mark.parametrize(
+    "words, world_size",
+    [
+        (["--sequence-parallel"], 1),  # Megatron switches it off at tensor-parallel size 1 and says so
+        (
+            [
+                "--tensor-model-parallel-size",
+                "2",
+                "--sequence-parallel",
+                "--pipeline-model-parallel-size",
+                "2",
+            ],
+            8,
+        ),
+        (["--tensor-model-parallel-size", "4", "--group-query-attention", "--num-query-groups", "2"], 4),
+        (
+            [
+                "--pipeline-model-parallel-size",
+                "2",
+                "--num-layers",
+                "3",
+                "--decoder-first-pipeline-num-layers",
+                "1",
+            ],
+            2,
+        ),
+        (["--num-attention-heads", "3", "--kv-channels", "16"], 1),
+        (["--tokenizer-model", "gpt2", "--tokenizer-type", "HuggingFaceTokenizer"], 1),
+        (["--load", "fresh", "--save", "fresh"], 1),
+        (["--skip-train"], 1),
+    ],
+)
+def test_validate_accepts_what_megatron_accepts(tiny, words, world_size):
+    validate(tiny.with_overrides(words), world_size)
+
+
+def test_world_size_comes_from_the_environment(tiny, monkeypatch):
+    config = tiny.with_overrides(["--tensor-model-parallel-size", "2"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="1 process"):
+        validate(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    validate(config)
+
+
+def test_default_ffn_size_is_checked_as_megatron_sizes_it(tiny):
+    """Gated: 2/3 of 4 x 64 in multiples of 64 is 128, which 3 heads and ranks do not divide; ungated: 256."""
+    words = ["--tensor-model-parallel-size", "3", "--num-attention-heads", "3", "--kv-channels", "16"]
+    lines = [line for line in TINY.splitlines() if not line.startswith("ffn-hidden-size")]
+    config = write(tiny.source.with_name("noffn.toml"), "\n".join(lines)).with_overrides(words)
+    with pytest.raises(ValueError, match="= 256; change"):
+        validate(config, 3)
+    with pytest.raises(ValueError, match="= 128; change"):
+        validate(config.with_overrides(sets=["activation.name=swiglu"]), 3)
+
+
+def test_existing_data_and_tokenizer_pass_and_one_missing_half_is_named(tmp_path, tiny):
+    for name in ("text.bin", "text.idx", "tokenizer"):
+        (tmp_path / name).touch()
+    prefix, tokenizer = str(tmp_path / "text"), str(tmp_path / "tokenizer")
+    config = tiny.with_overrides(["--data-path", prefix, "--tokenizer-model", tokenizer])
+    validate(config, 1)
+    (tmp_path / "text.idx").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no such file .*text\.idx"):
+        validate(config, 1)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A sharded checkpoint of iteration 7, as torch's own writer makes it, beside Megatron's tracker file."""
+    folder = tmp_path / "run"
+    checkpoint = folder / "iter_0000007"
+    dcp.save({"weight": torch.arange(1000.0), "bias": torch.zeros(3)}, checkpoint_id=checkpoint, no_dist=True)
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "latest_checkpointed_iteration.txt").write_text("7\n")
+    return folder
+
+
+def test_a_whole_checkpoint_is_found(saved, tiny):
+    assert check_checkpoint(saved) == saved / "iter_0000007" == check_checkpoint(saved, step=7)
+    validate(tiny.with_overrides(["--load", str(saved)]), 1)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text("seven"),
+            "corrupt: 'seven' is no iter",
+        ),
+        (lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text(""), "corrupt: ''"),
+        (
+            lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text("9"),
+            "iter_0000009 is missing or empty",
+        ),
+        (lambda c: shutil.rmtree(c), "iter_0000007 is missing or empty; .* there are: none"),
+        (lambda c: (c / ".metadata").unlink(), "damaged: no .metadata"),
+        (lambda c: (c / ".metadata").write_bytes(b"\x80\x04junk"), r"damaged: .metadata cannot be read"),
+        (lambda c: (c / "__0_0.distcp").unlink(), "damaged: __0_0.distcp has 0 of at least"),
+        (
+            lambda c: (c / "__0_0.distcp").open("r+b").truncate(2000),
+            "damaged: __0_0.distcp has 2000 of at least",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_before_training(saved, tiny, damage, message):
+    damage(saved / "iter_0000007")
+    for save in ([], ["--save", str(saved)]):  # also where it would be resumed
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            validate(tiny.with_overrides(["--load", str(saved), *save]), 1)
