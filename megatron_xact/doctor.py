@@ -265,10 +265,21 @@ def _backends(status: dict[str, Check]) -> Iterator[Backend]:
         else:
             why = "the package 'apex' is not NVIDIA's" if apex.status == WARNING else "apex is not installed"
             yield Backend("optimizer", "torch AdamW", f"{no_te} and {why}")
-    yield Backend(
-        "activation", "PyTorch formulas, analytic backward, only the pre-activation saved",
-        "this version has no fused kernels",
-    )  # fmt: skip
+    yield _activation_backend(on_gpu=ok("GPU"))
+
+
+def _activation_backend(on_gpu: bool) -> Backend:
+    eager = "PyTorch formulas, analytic backward"
+    if not _present("torch"):
+        return Backend("activation", "none", "no torch")
+    from megatron_xact.kernels import cpu
+
+    if on_gpu:
+        return Backend("activation", eager, "this version has no fused kernels for GPUs")
+    reason = cpu.unavailable_reason()
+    if reason:
+        return Backend("activation", eager, f"{reason}; several times slower than fused")
+    return Backend("activation", "one fused pass each way", "torch.compile can build C++ here")
 
 
 def _gpu_run_lacks(status: dict[str, Check]) -> list[str]:

@@ -11,8 +11,10 @@ import functools
 import logging
 import os
 import shutil
+import sysconfig
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +31,10 @@ MIN_ELEMENTS = 1 << 16
 def unavailable_reason() -> str | None:
     """Why the fused path cannot be used on this machine, or None."""
     compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"no C++ compiler ({compiler}) for torch.compile"
+    if not shutil.which(compiler):
+        return f"torch.compile finds no C++ compiler ({compiler})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else f"torch.compile needs Python's C headers (no {header}: python3-dev)"
 
 
 def serves(x: Tensor) -> bool:

@@ -1,0 +1,111 @@
+"""The one door `apply_activation`: gradients, what it saves, and the fused CPU path against fp64."""
+
+import logging
+
+import pytest
+import torch
+
+from megatron_xact import activations
+from megatron_xact.kernels import cpu, ops, reference
+
+needs_compiler = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+
+
+def raw_parameters(record, dtype=torch.float32):
+    return {name: torch.tensor([raw], dtype=dtype, requires_grad=True) for name, raw in record.initial_raw().items()}
+
+
+def inputs(record, rows, dtype, width=64):
+    generator = torch.Generator().manual_seed(1)
+    x = 2 * torch.randn(rows, width * (1 + record.gated), generator=generator, dtype=torch.float64)
+    dy = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return x.to(dtype), dy.to(dtype)
+
+
+def forward_backward(record, x, dy):
+    """(y, dx, {name: gradient of the raw parameter}) through the door."""
+    x = x.detach().requires_grad_()
+    raw = raw_parameters(record, torch.promote_types(x.dtype, torch.float32))
+    y = ops.apply_activation(record, x, record.effective(raw))
+    y.backward(dy)
+    return y.detach(), x.grad, {name: parameter.grad for name, parameter in raw.items()}
+
+
+@pytest.mark.parametrize("name", activations.names())
+def test_gradients_are_those_of_autograd_through_the_formula(name):
+    record = activations.get(name)
+    x, dy = inputs(record, 3, torch.float64)
+    y, dx, draw = forward_backward(record, x, dy)
+
+    x = x.detach().requires_grad_()
+    raw = raw_parameters(record, torch.float64)
+    p = record.effective(raw)
+    gate, up = x.chunk(2, -1) if record.gated else (x, 1.0)
+    truth = record.value(gate, p) * up
+    truth.backward(dy)
+    torch.testing.assert_close(y, truth.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(dx, x.grad, rtol=1e-12, atol=1e-14)
+    for key, gradient in draw.items():
+        torch.testing.assert_close(gradient, raw[key].grad, rtol=1e-11, atol=1e-13)
+
+
+def test_only_the_input_and_the_parameters_are_kept_for_backward():
+    record = activations.get("xielu")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = torch.randn(8, 64, requires_grad=True)
+        p = {symbol: torch.tensor([0.8], requires_grad=True) for symbol in ("a_p", "a_n")} | {"b": 0.5}
+        ops.apply_activation(record, x, p)
+    assert sorted(t.numel() for t in saved) == [1, 1, 8 * 64]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["xielu", "xsilu_glu2"])
+def test_fused_cpu_path_is_as_good_as_the_reference(name, dtype):
+    record = activations.get(name)
+    x, dy = inputs(record, cpu.MIN_ELEMENTS // 64, dtype)
+    assert cpu.serves(x)
+    fused = forward_backward(record, x, dy)
+    truth = forward_backward(record, x.double(), dy.double())
+
+    p = record.effective({key: value.detach() for key, value in raw_parameters(record).items()})
+    plain = (reference.forward(record, x, p), reference.backward(record, x, p, dy)[0])
+    for ours, eager, true in zip(fused[:2], plain, truth[:2], strict=True):
+        assert ours.dtype == dtype
+        allowed = 2 * (eager.double() - true).abs().max() + 1e-6
+        assert (ours.double() - true).abs().max() <= allowed
+    for key, gradient in fused[2].items():
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), truth[2][key], rtol=1e-5, atol=0)
+
+
+@needs_compiler
+def test_fused_cpu_path_gives_the_same_bits_twice():
+    record = activations.get("xielu")
+    x, dy = inputs(record, cpu.MIN_ELEMENTS // 64, torch.float32)
+    (y1, dx1, d1), (y2, dx2, d2) = forward_backward(record, x, dy), forward_backward(record, x, dy)
+    assert torch.equal(y1, y2) and torch.equal(dx1, dx2)
+    assert all(torch.equal(d1[key], d2[key]) for key in d1)
+
+
+def test_small_fp64_and_clamped_inputs_are_served_by_the_reference():
+    large = torch.zeros(cpu.MIN_ELEMENTS)
+    assert not cpu.serves(large[:-1]) and not cpu.serves(large.double())
+    assert ops._backend(activations.get("xielu", eps=-1e-6), large) is reference
+
+
+def test_without_a_compiler_it_says_so_once_and_works(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu._available.cache_clear()
+    try:
+        record = activations.get("xielu")
+        x, dy = inputs(record, cpu.MIN_ELEMENTS // 64, torch.float32)
+        with caplog.at_level(logging.WARNING):
+            y, _, _ = forward_backward(record, x, dy)
+            forward_backward(record, x, dy)
+        assert sum("no-such-compiler" in message for message in caplog.messages) == 1
+        p = record.effective({key: value.detach() for key, value in raw_parameters(record).items()})
+        assert torch.equal(y, record.forward(x, p))
+    finally:
+        cpu._available.cache_clear()
