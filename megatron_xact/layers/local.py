@@ -69,7 +69,7 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d]. The mask is causal whatever is passed."""
+        """query: [s, b, n/tp, d]; key, value: [s, b, g/tp, d] -> [s, b, n/tp * d]. Causal, whatever mask is passed."""
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("packed sequences and attention bias need TransformerEngine's attention")
         s, b, n, d = query.shape

@@ -54,4 +54,6 @@ class ActivationMLP(MLP):
         **kwargs,
     ) -> ActivationMLP:
         """The builder that fills a layer spec's `mlp` slot, as Megatron's own, with the activation's record."""
+        # Megatron's layers leave the ffn size out, and its MLP then warns that this is deprecated.
+        kwargs = {"ffn_hidden_size": config.ffn_hidden_size} | kwargs
         return cls(config, submodules, tp_group=pg_collection.tp, activation=activation, **kwargs)

@@ -4,7 +4,7 @@
 
 Each name is a callable that takes Megatron's model config and returns the decoder block: Megatron's stock layer
 (TransformerEngine's where it is installed and `--transformer-impl` asks for it, else the local one) with the MLP, and
-in the local layer also the norm and the attention core, replaced. This is the one module that knows Megatron's spec API.
+in the local layer also the norm and the attention core, replaced. No other module knows Megatron's spec API.
 """
 
 from __future__ import annotations

@@ -33,18 +33,18 @@ def check_replicas(
     torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=tp_group)
     if torch.equal(low, high):
         return
-    differs = (low != high).nonzero()[0].item()
-    for name, parameter in zip(names, parameters, strict=True):
-        if differs < parameter.numel():
-            break
-        differs -= parameter.numel()
-    value = parameter.detach().reshape(-1)[differs : differs + 1].float()
+    at = (low != high).nonzero()[0].item()  # position among all compared elements, then within its parameter
+    which = 0
+    while at >= parameters[which].numel():
+        at -= parameters[which].numel()
+        which += 1
+    value = parameters[which].detach().reshape(-1)[at : at + 1].float()
     values = [torch.empty_like(value) for _ in range(tp_group.size())]
     torch.distributed.all_gather(values, value, group=tp_group)
     ranks = torch.distributed.get_process_group_ranks(tp_group)
     told = ", ".join(f"rank {rank} = {v.item():.9g}" for rank, v in zip(ranks, values, strict=True))
     raise ReplicaMismatch(
-        f"after {step} steps, {name}[{differs}] differs between tensor-parallel ranks: {told}. "
+        f"after {step} steps, {names[which]}[{at}] differs between tensor-parallel ranks: {told}. "
         "Its replicas must be equal: resume from the last checkpoint, and report how they came apart"
     )
 

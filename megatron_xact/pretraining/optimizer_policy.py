@@ -1,10 +1,11 @@
 """The learning-rate multiplier and weight decay of activation parameters.
 
 Megatron's `pretrain` builds its parameter groups itself and takes no override, and groups of our own would change the
-layout of optimizer checkpoints. Adam's and SGD's updates are linear in the learning rate, though, so the policy can be
-applied exactly, after the step, through torch's optimizer hooks: with m the multiplier and w the decay,
+layout of optimizer checkpoints. Adam's and SGD's updates are linear in the learning rate, though, and do not depend on
+the value of a parameter without decay. So torch's optimizer hooks can apply the policy exactly: alpha is 0 during the
+step, which leaves the bare update in it, and then, with m the multiplier and w the decay,
 
-    alpha <- alpha_before + m (alpha_after - alpha_before) - m lr w alpha_before
+    alpha <- alpha_before + m update - m lr w alpha_before
 
 Without a policy (m = 1, w = 0, the default: Megatron never decays tensors with one dimension) no hook is installed.
 """
@@ -38,7 +39,9 @@ def apply_policy(parameters: list[torch.nn.Parameter], lr_mult: float, weight_de
 
     @torch.no_grad()
     def remember(optimizer: Optimizer, args, kwargs) -> None:
-        before.update({id(p): p.detach().clone() for p, _ in updated_by(optimizer)})
+        for p, _ in updated_by(optimizer):
+            before[id(p)] = p.detach().clone()
+            p.data.zero_()  # alpha_after - alpha_before would carry alpha's rounding, m times enlarged, at every step
 
     @torch.no_grad()
     def scale(optimizer: Optimizer, args, kwargs) -> None:
@@ -46,7 +49,7 @@ def apply_policy(parameters: list[torch.nn.Parameter], lr_mult: float, weight_de
         decay = weight_decay_mult * max(group["weight_decay"] for group in optimizer.param_groups)
         for p, lr in updated_by(optimizer):
             old = before.pop(id(p))
-            p.data.copy_(old + lr_mult * (p.detach() - old - lr * decay * old))
+            p.data.copy_(old + lr_mult * (p.detach() - lr * decay * old))
 
     register_optimizer_step_pre_hook(remember)
     register_optimizer_step_post_hook(scale)

@@ -28,7 +28,8 @@ def te_folder() -> Path:
 @pytest.fixture(scope="session")
 def built(te_folder) -> dict:
     program = [sys.executable, "-O", HERE / "te_without_gpu.py", te_folder]
-    done = subprocess.run(program, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"stdout": done.stdout}
 

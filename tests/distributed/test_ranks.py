@@ -1,0 +1,34 @@
+"""The helper itself: a rank that fails or hangs must not pass, hide its reason, or leave processes behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import pytest
+import torch
+from ranks import RankFailed, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def fail_on_rank_1() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ZeroDivisionError("planted on rank 1")
+    torch.distributed.barrier()  # would wait for ever
+
+
+def test_a_failing_rank_s_traceback_arrives_first():
+    with pytest.raises(RankFailed, match="planted on rank 1") as failed:
+        run_ranks(fail_on_rank_1, 2)
+    told = str(failed.value)
+    assert told.split("--- rank ")[1].startswith("1\n") and "in fail_on_rank_1" in told
+    assert not multiprocessing.active_children()
+
+
+def test_out_of_time():
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match="out of time"):
+        run_ranks(fail_on_rank_1, 2, timeout=1.0)  # they have not even imported Megatron by then
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()

@@ -1,0 +1,33 @@
+"""The README against what it speaks of."""
+
+import json
+import re
+from pathlib import Path
+
+from megatron_xact import activations
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_activation_table_is_that_of_the_records():
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| `([^`]+)` \|", README, flags=re.MULTILINE))
+    assert rows == {name: activations.get(name).formula for name in activations.names()}
+
+
+def test_speed_and_perplexity_are_those_of_committed_results():
+    bench = json.loads((ROOT / "tools/results/pretrain_cpu.json").read_text())
+    quickstart = json.loads((ROOT / "tools/results/quickstart_cpu.json").read_text())
+    for figure in (
+        f"{bench['ratio']:.2f}",
+        f"{bench['xact']['tokens_per_second']:,.0f}",
+        f"{bench['transformers']['tokens_per_second']:,.0f}",
+        f"{quickstart['validation_perplexity']:.1f}",
+        f"{quickstart['unigram_perplexity']:.1f}",
+    ):
+        assert figure in README, f"README does not have {figure}"
+
+
+def test_its_files_and_commands_exist():
+    for path in re.findall(r"`?((?:launch|tests|tools|configs)/[\w./-]+\.(?:sh|py|toml|json|png))", README):
+        assert (ROOT / path).exists(), path
