@@ -72,6 +72,36 @@ COMMANDS = {
         _lazy("megatron_xact.pretraining.run", "main"),
         overrides=True,
     ),
+    "export": Command(
+        "Megatron checkpoint -> Hugging Face folder, verified",
+        _lazy("megatron_xact.checkpoints.export", "add_arguments"),
+        _lazy("megatron_xact.checkpoints.export", "main"),
+    ),
+    "import": Command(
+        "Hugging Face folder, or an xIELU fork's checkpoint -> Megatron checkpoint to go on from",
+        _lazy("megatron_xact.checkpoints.importing", "add_arguments"),
+        _lazy("megatron_xact.checkpoints.importing", "main"),
+    ),
+    "verify": Command(
+        "do two checkpoints (Megatron or Hugging Face) hold the same model? Names where they differ",
+        _lazy("megatron_xact.checkpoints.verify", "add_arguments"),
+        _lazy("megatron_xact.checkpoints.verify", "main"),
+    ),
+    "generate": Command(
+        "a sample of text from a Megatron checkpoint or a Hugging Face folder",
+        _lazy("megatron_xact.checkpoints.generate", "add_arguments"),
+        _lazy("megatron_xact.checkpoints.generate", "main"),
+    ),
+    "eval": Command(
+        "perplexity on indexed data (either kind), lm-evaluation-harness tasks (Hugging Face)",
+        _lazy("megatron_xact.checkpoints.evaluate", "add_arguments"),
+        _lazy("megatron_xact.checkpoints.evaluate", "main"),
+    ),
+    "bench": Command(
+        "how fast the activation kernels are on this machine, beside the published formula",
+        _lazy("megatron_xact.bench", "add_arguments"),
+        _lazy("megatron_xact.bench", "main"),
+    ),
 }
 
 

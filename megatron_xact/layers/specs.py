@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
@@ -46,6 +47,8 @@ def decoder_block(
         if wanted:
             raise ValueError(f"{feature} is not supported by megatron_xact's layer specs yet; leave it out")
 
+    if activation.trainable:
+        _refuse_unsavable(transformer)
     use_te = transformer.transformer_impl == "transformer_engine" and HAVE_TE
     layer = _te_layer(transformer) if use_te else _local_layer(transformer)
     layer.mlp = partial(
@@ -57,6 +60,24 @@ def decoder_block(
         * get_num_layers_to_build(transformer, vp_stage),
         layer_norm=TENorm if use_te else Norm,
     )
+
+
+def _refuse_unsavable(config: TransformerConfig) -> None:
+    """Megatron 0.19.2's optimizers fail at the first save of a 16-bit model with some fp32 parameters.
+
+    They keep the two kinds in one order in their parameter groups and look them up in another. `xact pretrain` brings
+    the distributed optimizer's orders together in a hook that `--spec` alone has no part in. Better to stop here than
+    after hours of training.
+    """
+    try:
+        args = get_args()
+    except AssertionError:  # the model is built by a program of somebody's own, without Megatron's global arguments
+        return
+    if args.spec is not None and args.save and (config.bf16 or config.fp16):
+        raise ValueError(
+            "with --spec alone, Megatron 0.19 cannot save the fp32 alphas of a bf16 or fp16 model; run the same flags "
+            "as `xact pretrain CONFIG --use-distributed-optimizer ...`, CONFIG naming the activation (see the README)"
+        )
 
 
 def _te_layer(config: TransformerConfig) -> TransformerLayerSubmodules:

@@ -12,10 +12,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_xact.pretraining import arguments
+from megatron_xact.pretraining import arguments, resume
 
 if TYPE_CHECKING:
-    from megatron_xact.pretraining.config import RunConfig
+    from megatron_xact.pretraining.config import ActivationConfig, RunConfig
 
 REQUIRED = (
     "num-layers",
@@ -44,11 +44,13 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments.parse(config.arguments())
     _required(args)
+    _schedule(args)
     _model(args, num_query_groups_given="num-query-groups" in config.megatron)
     _parallel(args, world_size)
     _data(args)
     _tokenizer(args)
-    _checkpoint(args)
+    _optimizer(args, config.activation)
+    _checkpoint(args, config.activation.identity())
 
 
 def _required(args: Namespace) -> None:
@@ -65,6 +67,28 @@ def _required(args: Namespace) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
+
+
+def _schedule(args: Namespace) -> None:
+    """What Megatron's scheduler asserts, without a word, once the model is built."""
+    if args.lr is None:
+        return
+    unit = "iters" if args.train_iters is not None else "samples"
+    decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if args.lr_warmup_fraction is not None:
+        if not 0 <= args.lr_warmup_fraction < 1:
+            raise ValueError(f"lr-warmup-fraction = {args.lr_warmup_fraction} must be at least 0 and below 1")
+    elif warmup >= decay:
+        raise ValueError(
+            f"lr-warmup-{unit} = {warmup} must be less than lr-decay-{unit} = {decay} (default: train-{unit})"
+        )
+    if not 0 <= args.min_lr <= args.lr:
+        raise ValueError(f"min-lr = {args.min_lr} must lie between 0 and lr = {args.lr}")
+    if args.lr_warmup_init > args.lr:
+        raise ValueError(f"lr-warmup-init = {args.lr_warmup_init} must not exceed lr = {args.lr}")
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise ValueError(f"lr-decay-style = 'WSD' needs lr-wsd-decay-{unit}, the length of its final decay")
 
 
 def _divides(size: int, size_name: str, total: int, total_name: str) -> None:
@@ -173,7 +197,18 @@ def _tokenizer(args: Namespace) -> None:
         raise FileNotFoundError(f"tokenizer-model: no such file or folder {path} (`xact data` makes one)")
 
 
-def _checkpoint(args: Namespace) -> None:
+def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
+    # Megatron's plain 16-bit optimizer numbers only the 16-bit parameters when it saves; the alphas are fp32.
+    sixteen_bit = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    learned = activation.record().trainable
+    if sixteen_bit and learned and args.save is not None and not args.use_distributed_optimizer:
+        raise ValueError(
+            f"{sixteen_bit} with a trainable activation needs use-distributed-optimizer = true, on one process "
+            "too: Megatron's plain 16-bit optimizer cannot save fp32 parameters among the others"
+        )
+
+
+def _checkpoint(args: Namespace, activation: dict[str, object]) -> None:
     folders = {
         name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")
     }
@@ -191,7 +226,9 @@ def _checkpoint(args: Namespace) -> None:
                 f"{name}: no checkpoint in {folder} (no {TRACKER}); leave {name} out to start from random "
                 "weights, or set it equal to save to resume when there is one"
             )
-        check_checkpoint(folder, args.ckpt_step)
+        checkpoint = check_checkpoint(folder, args.ckpt_step)
+        if (checkpoint / ".metadata").is_file():
+            resume.refuse_misfit(checkpoint, args, activation)
 
 
 def check_checkpoint(folder: Path, step: int | None = None) -> Path:

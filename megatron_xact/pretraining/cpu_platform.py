@@ -205,15 +205,19 @@ def _adapt_megatron() -> None:
 
 
 def _mend_adamw_resume() -> None:
-    """Let the distributed optimizer resume with torch's AdamW, the only Adam there is without TransformerEngine or apex.
+    """Let the distributed optimizer resume with torch's AdamW, all there is without TransformerEngine or apex.
 
-    Megatron 0.19.2 asserts that AdamW already has state while it builds the structure to load into, and then hands one
-    and the same `step` tensor to every parameter, so that each update would count as many steps as there are parameters.
+    Megatron 0.19.2 asserts that AdamW already has state while it builds the structure to load into, and then hands
+    one and the same `step` tensor to every parameter, so that each update would count as many steps as there are
+    parameters. Loading the fully reshardable format, it looks for a `step` per parameter that it left out when it
+    saved. Loading the other one (dp_reshardable), it puts the step of before the load, 0, over the loaded one, and in
+    fp32 it copies into views of parameters that require a gradient, which torch refuses.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     stock_sharded_state_dict = DistributedOptimizer.sharded_state_dict
     stock_load_state_dict = DistributedOptimizer.load_state_dict
+    stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(stock_sharded_state_dict)
     def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
@@ -229,5 +233,11 @@ def _mend_adamw_resume() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
+    @functools.wraps(stock_set_states)
+    @torch.no_grad()
+    def set_states(self, model_param, tensors):
+        stock_set_states(self, model_param, tensors | {"step": None})  # None: keep what the parameter group says
+
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer.load_state_dict = load_state_dict

@@ -25,7 +25,7 @@ _BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tensor, partial]:
-    """One microbatch through this pipeline stage: (stage output, or per-token losses [b, s] on the last; loss function)."""
+    """One microbatch through this pipeline stage: (its output; on the last, losses per token [b, s]), loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -41,7 +41,7 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tenso
 
 
 def _batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, Tensor | None]:
-    """This rank's part of the next microbatch, [b, s/cp] each; all None on inner pipeline stages, which need no data."""
+    """This rank's part of the next microbatch, [b, s/cp] each; all None on inner pipeline stages: they need none."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH)
     args = get_args()

@@ -25,6 +25,12 @@ def prepare(config: RunConfig) -> dict[str, Value]:
     for key, value in arguments.items():
         if key in config.megatron and config.megatron[key] != value:
             _refuse(config, key, value)
+    has_adam = _installed("transformer_engine") or _installed("amp_C")  # apex's extension; PyPI's apex has none
+    if config.megatron.get("use-distributed-optimizer") and not (has_adam or cpu_platform.is_active()):
+        raise ValueError(
+            "use-distributed-optimizer needs TransformerEngine or NVIDIA's apex on a GPU: Megatron 0.19 cannot load "
+            "its checkpoints back into torch's AdamW; install one (`xact doctor`) or leave the flag out"
+        )
     return {key: value for key, value in arguments.items() if key not in config.megatron}
 
 

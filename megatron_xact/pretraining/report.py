@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Report:
 
     loss: Curve
     validation: Curve
+    speeds: list[float]  # tokens per second, each since the record before
     alphas: list[tuple[int, dict[int, dict[str, float]]]]  # (step, layer -> parameter -> effective value)
     unigram_loss: float | None
 
@@ -35,12 +37,27 @@ class Report:
 def read(run: Path, unigram_loss: float | None = None) -> Report:
     """The report of the run in folder `run`. Where a resumed run repeats a step, its later record counts."""
     alphas = {record["step"]: record["alphas"] for record in _records(run / "alphas.jsonl")}
+    progress = _records(run / "progress.jsonl")
     return Report(
-        loss=sorted({record["step"]: record["loss"] for record in _records(run / "progress.jsonl")}.items()),
+        loss=sorted({record["step"]: record["loss"] for record in progress}.items()),
+        speeds=[record["tokens_per_second"] for record in progress if record["tokens_per_second"]],
         validation=_tensorboard_scalar(run / "tensorboard", "lm loss validation"),
         alphas=[(step, {int(layer): v for layer, v in layers.items()}) for step, layers in sorted(alphas.items())],
         unigram_loss=unigram_loss,
     )
+
+
+def figures(report: Report) -> dict[str, object]:
+    """The run in numbers, for report.json: losses in nats per token, effective alphas by layer."""
+    return {
+        "step": report.loss[-1][0],
+        "training_loss": report.loss[-1][1],
+        "validation_loss": report.validation[-1][1] if report.validation else None,
+        "validation_perplexity": report.validation_perplexity,
+        "unigram_perplexity": report.unigram_perplexity,
+        "tokens_per_second": statistics.median(report.speeds) if report.speeds else None,
+        "alphas": report.alphas[-1][1] if report.alphas else {},
+    }
 
 
 def summary(report: Report) -> str:

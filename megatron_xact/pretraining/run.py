@@ -6,17 +6,22 @@ else that sets RANK and WORLD_SIZE) it is one of the ranks. What a run writes li
     iter_*/, latest_checkpointed_iteration.txt   Megatron's distributed checkpoints
     config.toml                                  the resolved config: `xact pretrain` runs it again, or resumes
     progress.jsonl, alphas.jsonl                 loss and speed, every layer's activation parameters
-    tensorboard/, plots/, logs/                  Megatron's scalars and the alphas; PNGs; with --quiet each rank's output
+    report.json, plots/, tensorboard/            the result in numbers and pictures; Megatron's scalars and the alphas
+    logs/                                        with --quiet, what each rank printed
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import json
 import os
 import shlex
 import socket
 import sys
+import traceback
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -36,11 +41,40 @@ def main(args: argparse.Namespace) -> int:
 
         processes = args.nproc_per_node or default_processes(config)
         validate(config, processes)
+        _let_megatron_check(config, processes)
         if processes > 1:
             _start_ranks(processes)
         _be_the_only_rank()
     with _output(config, args.quiet) as terminal:
         return _train(config, terminal)
+
+
+def _let_megatron_check(config: RunConfig, processes: int) -> None:
+    """Megatron's own validation of its arguments, here rather than on every rank. ValueError: what it asserts."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_xact.pretraining import platform
+
+    words, given = _words(config, platform.prepare(config), None), sys.argv
+    try:
+        sys.argv = ["xact pretrain", *words]
+        args = parse_args()
+    finally:
+        sys.argv = given
+    args.world_size = processes
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            validate_args(args)
+    except AssertionError as error:
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """In one line; many of Megatron's assertions have no words of their own."""
+    if str(error):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron refuses these arguments: {where.line} ({Path(where.filename).name}, line {where.lineno})"
 
 
 def _start_ranks(processes: int) -> None:
@@ -78,9 +112,7 @@ def _output(config: RunConfig, quiet: bool):
     try:
         yield terminal
     except BaseException as error:
-        if not isinstance(error, SystemExit):
-            import traceback
-
+        if not isinstance(error, (SystemExit, ValueError, OSError)):  # the user's errors are told in one line
             traceback.print_exc()
             print(f"xact: rank {os.environ['RANK']} stopped; its output is in {log.name}", file=terminal)
         raise
@@ -103,7 +135,7 @@ def _train(config: RunConfig, terminal: TextIO) -> int:
     except (AssertionError, ValueError, OSError) as error:
         if os.environ["RANK"] != "0":
             raise SystemExit(2) from None  # every rank fails alike; one of them says so
-        raise ValueError(str(error) or "Megatron refused these arguments; XACT_TRACEBACK=1 shows where") from error
+        raise ValueError(_reason(error)) from error
 
     import torch
     from megatron.core.enums import ModelType
@@ -145,13 +177,13 @@ def _words(config: RunConfig, added: dict, run_folder: Path | None) -> list[str]
 
 
 def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, terminal: TextIO):
-    """Megatron's arguments, checked and made global; its config container with our layer spec and hooks; the monitor."""
+    """Megatron's arguments, checked and made global; its config container with our spec and hooks; the monitor."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_xact.layers.specs import decoder_block
     from megatron_xact.pretraining.monitor import Monitor
-    from megatron_xact.pretraining.optimizer_policy import apply_policy
+    from megatron_xact.pretraining.optimizer_policy import apply_policy, make_16_bit_runs_savable
 
     if config.xact.sample_tokens and config.megatron.get("pipeline-model-parallel-size", 1) > 1:
         raise ValueError("sample-tokens needs pipeline-model-parallel-size = 1: set sample-tokens = 0 in [xact]")
@@ -166,6 +198,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     def attach(chunks: list) -> list:
         monitor.model = chunks
         apply_policy(monitor.activation_parameters(), config.activation.lr_mult, config.activation.weight_decay)
+        make_16_bit_runs_savable(chunks)
         return chunks
 
     model.post_wrap_hooks.append(attach)
@@ -192,7 +225,10 @@ def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, ter
         if writer := get_tensorboard_writer():
             writer.flush()
         results = report.read(run_folder, _unigram_loss(args))
-        plots = report.plot(results, run_folder / "plots") if results.loss else []
+        plots = []
+        if results.loss:
+            plots = report.plot(results, run_folder / "plots")
+            (run_folder / "report.json").write_text(json.dumps(report.figures(results), indent=1) + "\n")
         lines += [report.summary(results), *(f"plot         {path}" for path in plots)]
         lines += [f"checkpoints  {run_folder}", f"config       {run_folder / 'config.toml'}"]
     if text is not None:

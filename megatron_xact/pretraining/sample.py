@@ -1,4 +1,4 @@
-"""A first look at what a model writes: plain sampling from the Megatron model in memory, all tensor-parallel ranks at once."""
+"""A first look at what a model writes: plain sampling from the Megatron model in memory, on all its ranks at once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,222 @@
+"""What cannot run: exit code 2 and one line that names it, before any rank starts, and nothing written.
+
+Most of it is told by the launching process before it starts ranks, so these call the command in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, Trainings, copy_of, execute, trainings
+
+from megatron_xact import cli
+from megatron_xact.pretraining.checks import validate
+from megatron_xact.pretraining.config import load
+from megatron_xact.pretraining.platform import default_processes
+
+pytestmark = MARKS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Trainings:
+    return trainings(tmp_path_factory.getbasetemp()).start("one", "dp2")
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def the_one_line(code: int, out: str, err: str) -> str:
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("xact: error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
+    """The line told for a command that must be refused, with `save` a folder that must not come to be."""
+    for name in ("RANK", "WORLD_SIZE", "XACT_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: str, config: Path = runs.config, ranks: int = 1) -> str:
+        before = files_below(tmp_path)
+        save = str(tmp_path / "save")
+        capsys.readouterr()
+        code = cli.main(["pretrain", str(config), "--nproc-per-node", str(ranks), "--save", save, *words])
+        assert files_below(tmp_path) == before
+        return the_one_line(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words, ranks, told",
+    [
+        (["--num-layer", "3"], 1, "unknown argument 'num-layer'; nearest: 'num-layers'"),
+        (["--set", "modle.num-layers=3"], 1, "unknown table [modle]"),
+        (["--set", "xact.guard=3"], 1, "unknown key 'guard'"),
+        (["--set", "model.num-layers=two"], 1, "num-layers = 'two'"),
+        (["--train-iters", "many"], 1, "--train-iters many: expected an integer"),
+        (["--set", "activation.name=xielo"], 1, "unknown activation 'xielo'; did you mean xielu"),
+        (["--set", "activation.alpha_n=0.1"], 1, "alpha_n"),
+        (
+            ["--tensor-model-parallel-size", "3"],
+            3,
+            "tensor-model-parallel-size = 3 must divide num-attention-heads = 4",
+        ),
+        (
+            [*TP2, "--ffn-hidden-size", "65"],
+            2,
+            "tensor-model-parallel-size = 2 must divide ffn-hidden-size = 65",
+        ),
+        (TP2, 3, "3 process(es) cannot be split into tensor 2"),
+        (
+            [],
+            4,
+            "global-batch-size = 4 must be a multiple of micro-batch-size x data-parallel size = 2 x 4 = 8",
+        ),
+        (["--train-data-path", "nowhere/text"], 1, "train-data-path: no such file nowhere/text.bin"),
+        (
+            ["--tokenizer-model", "no/such/tokenizer"],
+            1,
+            "tokenizer-model: no such file or folder no/such/tokenizer",
+        ),
+        (["--load", "nowhere"], 1, "load: no checkpoint in nowhere"),
+        (["--lr-warmup-iters", "12"], 1, "lr-warmup-iters = 12 must be less than lr-decay-iters = 12"),
+        (["--min-lr", "0.1"], 1, "min-lr = 0.1 must lie between 0 and lr = 0.01"),
+        (["--bf16"], 1, "bf16 with a trainable activation needs use-distributed-optimizer = true"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, (list, tuple)) else None,
+)
+def test_a_config_that_cannot_run(refused, words, ranks, told):
+    assert told in refused(*words, ranks=ranks)
+
+
+def test_a_missing_config(refused, tmp_path):
+    assert "no such config file" in refused(config=tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "run, words, ranks, told",
+    [
+        (
+            "one",
+            ["--set", "activation.name=xiprelu"],
+            1,
+            "trained with activation xielu (alpha_p, alpha_n trainable, beta = 0.5), but this run has xiprelu",
+        ),
+        (
+            "one",
+            ["--set", "activation.trainable=['alpha_p']"],
+            1,
+            "but this run has xielu (alpha_p trainable, alpha_n = 0.8, beta",
+        ),
+        ("one", ["--set", "activation.beta=0.25"], 1, "alpha_n trainable, beta = 0.25)"),
+        ("one", [*GATED], 1, "but this run has xsilu_glu1 (alpha trainable)"),
+        ("one", ["--num-layers", "4"], 1, "has num-layers = 2, but this run 4"),
+        ("one", ["--lr", "0.02"], 1, "was trained with lr = 0.01, but this run has 0.02"),
+        ("one", ["--train-iters", "20"], 1, "override-opt-param-scheduler = true"),
+        ("one", DISTRIBUTED, 2, "holds the state of a plain optimizer, but this run has the distributed one"),
+        ("dp2", [], 1, "holds the state of the distributed optimizer, but this run has a plain one"),
+        (
+            "dp2",
+            [*DISTRIBUTED, *PP2],
+            2,
+            "was saved for tensor x pipeline = 1 x 1 and cannot be loaded at 1 x 2",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, (list, tuple)) else None,
+)
+def test_a_checkpoint_of_another_run(runs, refused, run, words, ranks, told):
+    assert told in refused("--load", str(runs[run].folder), *words, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--train-iters", "20", "--override-opt-param-scheduler"],
+        ["--train-iters", "20", "--no-load-optim"],
+        ["--lr", "0.02", "--finetune"],
+        [*DISTRIBUTED, "--no-load-optim"],
+        [*TP2, *PP2],
+    ],
+    ids=" ".join,
+)
+def test_what_the_refusals_offer_is_accepted(runs, words):
+    config = load(runs.config).with_overrides(["--load", str(runs["one"].folder), *words])
+    validate(config, 4 if words[0] == TP2[0] else 1)
+
+
+@pytest.mark.parametrize("resuming", [False, True], ids=["load", "resume"])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (
+            lambda run: (run / "latest_checkpointed_iteration.txt").write_text("twelve"),
+            "is corrupt: 'twelve'",
+        ),
+        (
+            lambda run: (run / "latest_checkpointed_iteration.txt").write_text("16"),
+            "iter_0000016 is missing or empty",
+        ),
+        (
+            lambda run: next((run / "iter_0000012").glob("*.distcp")).open("r+b").truncate(9000),
+            "has 9000 of at least",
+        ),
+        (lambda run: next((run / "iter_0000012").glob("*.distcp")).unlink(), "has 0 of at least"),
+        (
+            lambda run: (run / "iter_0000012" / ".metadata").unlink(),
+            "no .metadata, as when saving was cut off",
+        ),
+    ],
+    ids=["corrupt tracker", "missing checkpoint", "truncated shard", "missing shard", "cut off"],
+)
+def test_a_damaged_checkpoint(runs, refused, tmp_path, damage, told, resuming):
+    folder = copy_of(runs["one"], tmp_path / "run")
+    damage(folder)
+    saving = ["--save", str(folder)] if resuming else []
+    line = refused("--load", str(folder), *saving)
+    assert told in line and "there are: iter_0000004" in line
+
+
+@pytest.mark.parametrize(
+    "words, ranks, told",
+    [
+        (
+            (*TP2, "--lr-warmup-fraction", "0.1"),
+            2,
+            "can only specify one of lr-warmup-fraction and lr-warmup-iters",
+        ),
+        (
+            ("--quiet", "--log-memory-interval", "3", "--log-interval", "2"),
+            1,
+            "Megatron refuses these arguments: assert",
+        ),
+        ((*TP2, "--load", "nowhere"), 2, "load: no checkpoint in nowhere"),
+    ],
+    ids=["by Megatron's own check", "by an assertion without words", "by ours"],
+)
+def test_the_command_itself(runs, tmp_path, words, ranks, told):
+    save = tmp_path / "save"
+    done = execute(runs.command("--save", str(save), *words, ranks=ranks))
+    assert told in the_one_line(done.returncode, done.stdout, done.stderr)
+    assert not save.exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid_but_for_its_data(runs, path):
+    config = load(path)
+    if "num-layers" not in config.megatron:
+        pytest.skip("a base, which others inherit: it does not say how large the model is")
+    data = runs.config.parent / "data"
+    words = [
+        "--train-data-path",
+        f"{data}/train_text_document",
+        "--valid-data-path",
+        f"{data}/validation_text_document",
+    ]
+    config = config.with_overrides([*words, "--tokenizer-model", f"{data}/tokenizer"])
+    validate(config, default_processes(config))
