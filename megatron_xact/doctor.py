@@ -272,14 +272,13 @@ def _activation_backend(on_gpu: bool) -> Backend:
     eager = "PyTorch formulas, analytic backward"
     if not _present("torch"):
         return Backend("activation", "none", "no torch")
-    from megatron_xact.kernels import cpu
+    from megatron_xact.kernels import cpu, ops
 
-    if on_gpu:
-        return Backend("activation", eager, "this version has no fused kernels for GPUs")
-    reason = cpu.unavailable_reason()
+    reason = ops.triton_unavailable_reason() if on_gpu else cpu.unavailable_reason()
     if reason:
         return Backend("activation", eager, f"{reason}; several times slower than fused")
-    return Backend("activation", "one fused pass each way", "torch.compile can build C++ here")
+    built_by = "Triton" if on_gpu else "torch.compile, in C++"
+    return Backend("activation", "one fused pass each way", f"built by {built_by}")
 
 
 def _gpu_run_lacks(status: dict[str, Check]) -> list[str]:

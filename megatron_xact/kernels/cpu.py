@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
-from megatron_xact.activations.record import Grads, Values
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels import reference
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,18 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() >= MIN_ELEMENTS and x.dtype != torch.float64 and _available()
 
 
-def forward(activation: Activation, x: Tensor, p: Values) -> Tensor:
-    """As `Activation.forward`."""
-    return _compiled(activation, "forward")(x, p)
+def forward(
+    activation: Activation, x: Tensor, p: Values, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """As `reference.forward`, in one pass."""
+    return _compiled(activation, "forward")(x, p, bias, scale)
 
 
-def backward(activation: Activation, x: Tensor, p: Values, dy: Tensor) -> tuple[Tensor, Grads]:
-    """As `Activation.backward`, with dx and all parameter sums from one pass."""
-    return _compiled(activation, "backward")(x, p, dy)
+def backward(
+    activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> reference.Backward:
+    """As `reference.backward`, with dx and all sums from one pass."""
+    return _compiled(activation, "backward")(x, p, dy, bias, scale)
 
 
 @functools.cache
@@ -63,7 +68,7 @@ def _available() -> bool:
 @functools.cache
 def _compiled(activation: Activation, name: str) -> Callable:
     def call(*args):
-        return getattr(activation, name)(*args)
+        return getattr(reference, name)(activation, *args)
 
     # dynamo allows a handful of compilations per code object, and all records share theirs: give each its own.
     code = call.__code__.replace(co_name=f"{activation.name}_{name}")

@@ -1,49 +1,137 @@
 """The one door through which layers apply an activation: forward, analytic backward, nothing saved but the input.
 
-Instead of letting autograd trace the formula (which keeps several intermediates of the widest tensor in the model),
-the activation is one autograd node that keeps the pre-activation and the handful of effective parameters.
+Instead of letting autograd trace the formula (which keeps several intermediates of the widest tensor in the model), the
+activation is one operator, `xact::activation_forward`, whose gradient is another, `xact::activation_backward`. Both
+are known to torch.library, so torch.compile, activation checkpointing and export see single nodes of known shapes.
+
+Autocast changes nothing: the operator runs in the dtype it is given, computes in fp32 or wider and rounds once.
 """
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import cpu, reference
+from megatron_xact.kernels import reference
+from megatron_xact.kernels.backends import backend_of, select_backend, triton_unavailable_reason
+from megatron_xact.kernels.keys import key_of, record_of
+
+__all__ = ["apply_activation", "select_backend", "triton_unavailable_reason"]
 
 
-def apply_activation(activation: Activation, x: Tensor, p: dict[str, Tensor | float]) -> Tensor:
-    """y = activation(x) with its effective parameters `p` (symbol -> (1,) tensor, or float where it is fixed).
+def apply_activation(
+    activation: Activation,
+    x: Tensor,
+    p: dict[str, Tensor | float],
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """y = scale * activation(x + bias) with its effective parameters `p` (symbol -> (1,) tensor, or float where fixed).
 
-    x: [..., F] (gated: [..., 2F], gate half first), any float dtype; y: [..., F] in x's dtype. Differentiable in x
-    and in every tensor of `p`; parameter gradients are sums over all elements, in the parameter's dtype (fp32).
+    x: [..., F] (gated: [..., 2F], gate half first), any float dtype and layout; y: [..., F] in x's dtype. bias: as long
+    as x's last dimension. scale: one number per row, x.shape[:-1]. Differentiable once in x, bias, scale and every
+    tensor of `p`; a parameter's gradient is the sum over all elements, in the parameter's dtype (fp32).
     """
-    return _ActivationFunction.apply(activation, x, tuple(p), *p.values())
+    if torch._C._are_functorch_transforms_active():  # torch.func (vmap, jvp, ...) differentiates the plain formula
+        return reference.forward(activation, x, p, bias, scale)
+    learned = [p[q.symbol] for q in activation.trainable]
+    return torch.ops.xact.activation_forward(x, learned, bias, scale, _key(activation))
 
 
-def _backend(activation: Activation, x: Tensor) -> ModuleType:
-    # eps asks for the bits of code that rounds after every operation: no fused pass keeps them.
-    return cpu if cpu.serves(x) and not activation.eps else reference
+@torch.compiler.assume_constant_result
+def _key(activation: Activation) -> str:
+    return key_of(activation)
 
 
-class _ActivationFunction(torch.autograd.Function):
+# Defined key by key, and not by torch.library.custom_op, whose generic wrappers cost 130 us more per layer, forward and
+# backward (measured on a CPU), which a small model feels. torch.library.opcheck holds both to the same rules.
+_library = torch.library.Library("xact", "DEF")
+_library.define("activation_forward(Tensor x, Tensor[] learned, Tensor? bias, Tensor? scale, str key) -> Tensor")
+_library.define(
+    "activation_backward(Tensor dy, Tensor x, Tensor[] learned, Tensor? bias, Tensor? scale, str key)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "activation_forward", "CompositeExplicitAutograd")
+def _forward(x: Tensor, learned: list[Tensor], bias: Tensor | None, scale: Tensor | None, key: str) -> Tensor:
+    activation = record_of(key)
+    return backend_of(activation, x).forward(activation, x, _values(activation, learned), bias, scale).contiguous()
+
+
+@torch.library.impl(_library, "activation_backward", "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor, x: Tensor, learned: list[Tensor], bias: Tensor | None, scale: Tensor | None, key: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, gradients of the learned parameters [n], of bias, of scale); empty where there is none."""
+    activation = record_of(key)
+    result = backend_of(activation, x).backward(activation, x, _values(activation, learned), dy, bias, scale)
+    sums = [result.parameters[q.symbol] for q in activation.trainable]
+    dp = torch.stack(sums) if sums else x.new_empty(0)
+    return result.dx.contiguous(), dp, _like(result.bias, bias, x), _like(result.scale, scale, x)
+
+
+def _values(activation: Activation, learned: list[Tensor]) -> dict[str, Tensor | float]:
+    values = iter(learned)
+    return {q.symbol: next(values) if q.trainable else q.init for q in activation.parameters}
+
+
+def _like(gradient: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
+
+
+@torch.library.register_fake("xact::activation_forward", lib=_library)
+def _fake_forward(x, learned, bias, scale, key):
+    if not record_of(key).gated:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@torch.library.register_fake("xact::activation_backward", lib=_library)
+def _fake_backward(dy, x, learned, bias, scale, key):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(len(learned), dtype=wide) if learned else x.new_empty(0),
+        x.new_empty(0) if bias is None else torch.empty_like(bias),
+        x.new_empty(0) if scale is None else torch.empty_like(scale),
+    )
+
+
+class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation: Activation, x: Tensor, symbols: tuple[str, ...], *values: Tensor | float) -> Tensor:
-        p = dict(zip(symbols, values, strict=True))
-        ctx.activation, ctx.symbols = activation, symbols
-        ctx.fixed = {symbol: value for symbol, value in p.items() if not isinstance(value, Tensor)}
-        ctx.learned = tuple(symbol for symbol in symbols if symbol not in ctx.fixed)
-        ctx.save_for_backward(x, *(p[symbol] for symbol in ctx.learned))
-        return _backend(activation, x).forward(activation, x, p)
+    def forward(ctx, x, bias, scale, key, *learned):
+        ctx.key = key
+        ctx.save_for_backward(x, bias, scale, *learned)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.xact.activation_forward(x, learned, bias, scale, key)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, *tensors = ctx.saved_tensors
-        learned = dict(zip(ctx.learned, tensors, strict=True))
-        dx, dp = _backend(ctx.activation, x).backward(ctx.activation, x, learned | ctx.fixed, dy)
-        grads = (dp[s].reshape(learned[s].shape).to(learned[s].dtype) if s in learned else None for s in ctx.symbols)
-        return None, dx, None, *grads
+    def backward(ctx, dy):
+        x, bias, scale, *learned = ctx.saved_tensors
+        # gradients are recorded here only if someone asks for second derivatives (create_graph=True)
+        call = _RefusesSecondDerivative.apply if torch.is_grad_enabled() else _call_backward
+        dx, dp, dbias, dscale = call(dy, x, bias, scale, ctx.key, *learned)
+        dlearned = (dp[i].reshape(t.shape).to(t.dtype) for i, t in enumerate(learned))
+        return dx, None if bias is None else dbias, None if scale is None else dscale, None, *dlearned
+
+
+def _call_backward(dy, x, bias, scale, key, *learned):
+    return torch.ops.xact.activation_backward(dy, x, learned, bias, scale, key)
+
+
+class _RefusesSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _call_backward(*args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("activations have no second derivative here; differentiate activation.forward twice")
+
+
+@torch.library.impl(_library, "activation_forward", "Autograd")
+def _autograd(x, learned, bias, scale, key):
+    return _Differentiable.apply(x, bias, scale, key, *learned)

@@ -1,18 +1,60 @@
-"""The records' own formulas, operation by operation: any device, any dtype, no compiler."""
+"""The records' own formulas, operation by operation, on any device in any dtype: what every backend computes."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Grads, Values
 
 
-def forward(activation: Activation, x: Tensor, p: Values) -> Tensor:
-    """As `Activation.forward`."""
-    return activation.forward(x, p)
+class Backward(NamedTuple):
+    """Gradients: of x in its dtype; of parameters by symbol (0-dim), bias and scale in fp32 or wider; and y again."""
+
+    dx: Tensor
+    parameters: Grads
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    y: Tensor | None = None
 
 
-def backward(activation: Activation, x: Tensor, p: Values, dy: Tensor) -> tuple[Tensor, Grads]:
-    """As `Activation.backward`."""
-    return activation.backward(x, p, dy)
+def forward(
+    activation: Activation, x: Tensor, p: Values, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """y = scale activation(x + bias) in x's dtype, rounded once.
+
+    bias: one number per column of x (fc1's bias). scale: one per row, x.shape[:-1] (probabilities of a router).
+    """
+    if bias is None and scale is None:
+        return activation.forward(x, p)
+    y = activation.forward(_biased(x, bias), p)
+    return (y if scale is None else y * scale.unsqueeze(-1)).to(x.dtype)
+
+
+def backward(
+    activation: Activation,
+    x: Tensor,
+    p: Values,
+    dy: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    emit_y: bool = False,
+) -> Backward:
+    """What `Backward` holds; y, for the gradient of the weight that follows, only with emit_y."""
+    y = forward(activation, x, p, bias, scale) if emit_y else None
+    if bias is None and scale is None:
+        return Backward(*activation.backward(x, p, dy), y=y)
+    z = _biased(x, bias)
+    dy = dy.to(z.dtype)
+    dz, dp = activation.backward(z, p, dy if scale is None else dy * scale.unsqueeze(-1))
+    dbias = dz.reshape(-1, dz.shape[-1]).sum(0) if bias is not None else None
+    dscale = (dy * activation.forward(z, p)).sum(-1) if scale is not None else None
+    return Backward(dz.to(x.dtype), dp, dbias, dscale, y)
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    return z if bias is None else z + bias

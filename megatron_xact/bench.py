@@ -1,0 +1,110 @@
+"""`xact bench kernels`: the activation kernels beside the published formula on this machine; a table, a plot, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["kernels"], help="what to measure")
+    parser.add_argument(
+        "--activations", nargs="+", default=["xielu", "relu2"], metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--rows", type=int, help="tokens (default: 16384 on a GPU, 4096 on a CPU)")
+    parser.add_argument("--columns", type=int, help="ffn width (default: 12288 on a GPU, 6144 on a CPU)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, metavar="DTYPE",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=10, help="timings of each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of kernels.json and kernels.png")
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_xact import activations
+    from megatron_xact.kernels import benchmark
+
+    for name in args.activations:
+        activations.get(name)  # a wrong name ends here, in words
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats} must be at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = args.rows or (16384 if device.type == "cuda" else 4096)
+    columns = args.columns or (12288 if device.type == "cuda" else 6144)
+    where = machine(device)
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}: {rows} x {columns}", flush=True)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    found = benchmark.compare(args.activations, dtypes, rows, columns, device, args.repeats)
+    ceiling = benchmark.copy_ceiling(rows * columns * 4, device, args.repeats)
+    print(table(found, ceiling))
+    ratios = benchmark.speedups(found)
+    for (name, dtype, peer), ratio in ratios.items():
+        print(f"{name} {dtype}: {ratio:.2f} x the speed of {peer}, forward + backward")
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = where | {
+        "copy_bytes_per_second": ceiling,
+        "speedups": [{"activation": n, "dtype": d, "peer": p, "ratio": r} for (n, d, p), r in ratios.items()],
+        "measurements": [m.as_dict() for m in found],
+    }
+    (args.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(found, ceiling, where["device"], args.out / "kernels.png")
+    print(f"wrote {args.out / 'kernels.json'} and kernels.png")
+
+
+def machine(device) -> dict:
+    """What the numbers depend on."""
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def table(found: list, ceiling: float) -> str:
+    lines = [f"{'activation':16}{'dtype':10}{'':10}{'':16}{'ms':>9}{'GB/s':>9}{'of copy':>9}"]
+    for m in found:
+        speed = m.bytes_per_second
+        lines.append(
+            f"{m.activation:16}{m.dtype:10}{m.direction:10}{m.contender:16}"
+            f"{m.median * 1e3:9.3f}{speed / 1e9:9.1f}{speed / ceiling:9.0%}"
+        )
+    return "\n".join([*lines, f"a copy of {ceiling / 1e9:.1f} GB/s is the ceiling"])
+
+
+def plot(found: list, ceiling: float, device: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((m.activation, m.dtype, m.direction) for m in found))
+    contenders = list(dict.fromkeys(m.contender for m in found))
+    speeds = {(m.activation, m.dtype, m.direction, m.contender): m.bytes_per_second / 1e9 for m in found}
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(groups)), 4.5), layout="constrained")
+    width = 0.8 / len(contenders)
+    for i, contender in enumerate(contenders):
+        places = [at + (i - (len(contenders) - 1) / 2) * width for at in range(len(groups))]
+        axes.bar(places, [speeds[(*group, contender)] for group in groups], width, label=contender)
+    axes.axhline(ceiling / 1e9, ls="--", color="gray", label="copy")
+    axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=8)
+    axes.set(ylabel="GB/s of the bytes that must move", title=f"Activation kernels, {device}")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

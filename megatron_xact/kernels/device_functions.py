@@ -1,0 +1,338 @@
+"""The activations as Triton device functions: the only part of the GPU kernels that differs between activations.
+
+A device function takes x (fp32 block), the effective values of up to three parameters in the order of the record
+(fp32 scalars), and EXACT; it returns (f, df/dx, df/dp0, df/dp1, df/dp2). Kernels use what they need of that, and the
+compiler drops the rest: forward pays for f alone. `device_function(record)` finds the one of a record.
+
+Everything is fp32 and built from exp2, multiplication, addition and division, because that is what a GPU has and what
+Triton's interpreter can check. Nothing is computed as a difference that cancels: expm1(x) - x, erf, atan and the gates'
+tails are polynomials (fitted for the smallest largest relative error, which is in the comments, then rounded to fp32).
+EXACT says the result is stored in fp32: exp then reduces its argument first. For 16-bit results the
+plain exp (relative error about |x| 2^-24 for exp(-|x|)) is as good after rounding, and half the special-function work.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_xact import activations
+from megatron_xact.activations import Activation
+
+MAX_PARAMETERS = 3
+
+
+# --- building blocks --------------------------------------------------------------------------------------------------
+@triton.jit
+def exp(x):
+    """Plain: relative error about (|x| + 2) 2^-23; 0 where the result is below 2^-126. (tl.exp costs three more.)"""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def exp_of_sum(high, low, EXACT: tl.constexpr):
+    """exp(high + low) for high <= 0 and |low| < 0.2, to a few ulps if EXACT."""
+    if EXACT:
+        high = tl.where(high < -110.0, -110.0, high)  # nan stays nan
+        n = (high * 1.4426950408889634 + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer
+        r = ((high - n * 0.693359375) + n * 2.12194440e-4) + low  # n ln 2 in two parts, the first of them exact
+        return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+    return exp(high + low)
+
+
+@triton.jit
+def reciprocal(d, EXACT: tl.constexpr):
+    """1/d for d >= 1. The hardware's reciprocal square root comes as one instruction, a division as eight."""
+    if EXACT:
+        return 1.0 / d
+    r = tl.math.rsqrt(d)
+    return r * r
+
+
+@triton.jit
+def expm1_quotient(x):
+    """(expm1(x) - x) / x^2 for -1 <= x <= 0, relative error 2e-8."""
+    p = 0.00013700773706659675
+    p = p * x + 0.0013237660750746727
+    p = p * x + 0.008300237357616425
+    p = p * x + 0.041658915579319
+    p = p * x + 0.16666598618030548
+    return p * x + 0.5
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def negative_part(x):
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def with_sign_of(magnitude, x):
+    return tl.where(x < 0.0, -magnitude, magnitude)
+
+
+# --- gates: (g, dg/dx, 2g - 1) ----------------------------------------------------------------------------------------
+@triton.jit
+def sigmoid_gate(x, EXACT: tl.constexpr):
+    """Of the logistic function."""
+    u = tl.abs(x)
+    e = exp_of_sum(-u, 0.0, EXACT)
+    s = reciprocal(1.0 + e, EXACT)
+    one_minus_e = tl.where(u < 1.0, u - u * u * expm1_quotient(-u), 1.0 - e)
+    return tl.where(x > 0.0, s, e * s), e * s * s, with_sign_of(one_minus_e * s, x)
+
+
+@triton.jit
+def normal_gate(x, EXACT: tl.constexpr):
+    """Of the normal cdf Phi."""
+    u = tl.abs(x)
+    if EXACT:  # exp(-u^2/2), with u^2 = h^2 + (u - h)(u + h) and h the leading 12 bits of u, so that h^2 is exact
+        u = tl.where(u > 15.0, 15.0, u)  # Phi(-15) is 0 in fp32
+        h = (u.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        e = exp_of_sum(-0.5 * h * h, -0.5 * (u - h) * (u + h), EXACT)
+    else:
+        e = exp(-0.5 * u * u)
+    # Phi(-u) = exp(-u^2/2) t P(t): relative error 3e-8 for 0 <= u <= 15
+    t = reciprocal(1.0 + 0.35 * u, EXACT)
+    p = -0.02916393242776394
+    p = p * t + 0.14406083524227142
+    p = p * t - 0.25590193271636963
+    p = p * t + 0.15939298272132874
+    p = p * t - 0.02326388657093048
+    p = p * t + 0.1055748239159584
+    p = p * t + 0.11981549113988876
+    p = p * t + 0.13986434042453766
+    p = p * t + 0.13962125778198242
+    tail = e * (p * t)
+    # erf(u / sqrt 2) = u P(u^2): relative error 1e-9 for 0 <= u <= 1
+    v = u * u
+    q = -1.530841655039694e-05
+    q = q * v + 0.0002269727410748601
+    q = q * v - 0.0023726599756628275
+    q = q * v + 0.019946645945310593
+    q = q * v - 0.13298071920871735
+    q = q * v + 0.7978845834732056
+    odd = tl.where(u < 1.0, u * q, 1.0 - 2.0 * tail)
+    if EXACT:  # where both serve, erf is the more accurate
+        tail = tl.where(u < 1.0, 0.5 - 0.5 * odd, tail)
+    return tl.where(x > 0.0, 1.0 - tail, tail), e * 0.3989422804014327, with_sign_of(odd, x)
+
+
+@triton.jit
+def arctan_gate(x, EXACT: tl.constexpr):
+    """Of atan(x)/pi + 1/2."""
+    u = tl.abs(x)
+    z = tl.where(u > 1.0, reciprocal(u, EXACT), u)
+    v = z * z
+    # atan(z) = z P(z^2): relative error 2e-8 for 0 <= z <= 1
+    p = 0.002849888987839222
+    p = p * v - 0.016068626195192337
+    p = p * v + 0.042691513895988464
+    p = p * v - 0.07504294067621231
+    p = p * v + 0.10640934109687805
+    p = p * v - 0.14203643798828125
+    p = p * v + 0.1999261975288391
+    p = p * v - 0.3333307206630707
+    p = p * v + 1.0
+    angle = p * z * 0.3183098861837907  # atan(z) / pi
+    tail = tl.where(u > 1.0, angle, 0.5 - angle)  # g(-u)
+    odd = tl.where(u > 1.0, 1.0 - 2.0 * angle, 2.0 * angle)
+    dg = 0.3183098861837907 * reciprocal(x * x + 1.0, EXACT)
+    return tl.where(x > 0.0, 1.0 - tail, tail), dg, with_sign_of(odd, x)
+
+
+# --- shapes shared by several functions -------------------------------------------------------------------------------
+@triton.jit
+def self_gated(x, g, dg):
+    return x * g, g + x * dg
+
+
+@triton.jit
+def expanded(x, a, g, dg, odd):
+    """x (g (1 + 2a) - a)."""
+    gate = g * (1.0 + 2.0 * a) - a
+    return x * gate, gate + x * (dg * (1.0 + 2.0 * a)), x * odd
+
+
+@triton.jit
+def exponential_left(x, right, dright, a, b):
+    """x (right x + b) for x > 0, with slope dright x + b; a (expm1(x) - x) + b x for x <= 0, and its d/da.
+
+    For -1 < x <= 0 that too is x (c x + b). Below, expm1(x) = e - 1 with the coefficients of x joined: -inf gives +inf.
+    """
+    pos, neg = relu(x), negative_part(x)
+    near = neg > -1.0
+    quotient = expm1_quotient(neg)
+    e = exp(neg)
+    f = tl.where(near, x * (x * tl.where(x > 0.0, right, a * quotient) + b), a * e + ((b - a) * x - a))
+    slope = tl.where(near, neg * (a * (neg * quotient) + a), a * e - a) + (dright * pos + b)
+    return f, slope, tl.where(near, neg * neg * quotient, (e - 1.0) - neg)
+
+
+@triton.jit
+def square_right(x, a, b, left, left_slope):
+    """a x^2 + b x for x > 0, with its d/da and d/db; for x <= 0 what is given."""
+    pos = relu(x)
+    return tl.where(x > 0.0, x * (a * x + b), left), tl.where(x > 0.0, 2.0 * a * x + b, left_slope), pos * pos, pos
+
+
+# --- one per function: (x, p0, p1, p2) -> (f, slope, df/dp0, df/dp1, df/dp2) ------------------------------------------
+@triton.jit
+def xielu(x, a_p, a_n, b, EXACT: tl.constexpr):
+    f, slope, d_n = exponential_left(x, a_p, 2.0 * a_p, a_n, b)
+    pos = relu(x)
+    return f, slope, pos * pos, d_n, x
+
+
+@triton.jit
+def xielu_cubic(x, a_p, a_n, b, EXACT: tl.constexpr):
+    f, slope, d_n = exponential_left(x, a_p * x, 3.0 * a_p * x, a_n, b)
+    pos = relu(x)
+    return f, slope, pos * pos * pos, d_n, x
+
+
+@triton.jit
+def xiprelu(x, a_p, a_n, b, EXACT: tl.constexpr):
+    a = tl.where(x > 0.0, a_p, a_n)
+    pos, neg = relu(x), negative_part(x)
+    return x * (a * x + b), 2.0 * a * x + b, pos * pos, neg * neg, x
+
+
+@triton.jit
+def xielu_neg_silu(x, a_p, b, unused, EXACT: tl.constexpr):
+    g, dg, _ = sigmoid_gate(x, EXACT)
+    left, left_slope = self_gated(x, g, dg)
+    f, slope, d_p, d_b = square_right(x, a_p, b, left, left_slope)
+    return f, slope, d_p, d_b, 0.0
+
+
+@triton.jit
+def xielu_neg_xsilu(x, a_p, a, b, EXACT: tl.constexpr):
+    g, dg, odd = sigmoid_gate(x, EXACT)
+    left, left_slope, d_a = expanded(x, a, g, dg, odd)
+    f, slope, d_p, d_b = square_right(x, a_p, b, left, left_slope)
+    return f, slope, d_p, tl.where(x > 0.0, 0.0, d_a), d_b
+
+
+@triton.jit
+def xielu_neg_zero(x, a_p, b, unused, EXACT: tl.constexpr):
+    f, slope, d_p, d_b = square_right(x, a_p, b, relu(x), 0.0)
+    return f, slope, d_p, d_b, 0.0
+
+
+@triton.jit
+def xsilu(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = sigmoid_gate(x, EXACT)
+    f, slope, d_a = expanded(x, a, g, dg, odd)
+    return f, slope, d_a, 0.0, 0.0
+
+
+@triton.jit
+def xgelu(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = normal_gate(x, EXACT)
+    f, slope, d_a = expanded(x, a, g, dg, odd)
+    return f, slope, d_a, 0.0, 0.0
+
+
+@triton.jit
+def xatlu(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = arctan_gate(x, EXACT)
+    f, slope, d_a = expanded(x, a, g, dg, odd)
+    return f, slope, d_a, 0.0, 0.0
+
+
+@triton.jit
+def xelu(x, a, unused, unused_too, EXACT: tl.constexpr):
+    neg = negative_part(x)
+    near = neg > -1.0
+    rest = neg * neg * expm1_quotient(neg)
+    e = exp_of_sum(neg, 0.0, EXACT)
+    f = tl.where(x > 0.0, (1.0 + a) * x, (1.0 + 2.0 * a) * tl.where(near, rest + neg, e - 1.0) - a * x)
+    d_a = tl.where(x > 0.0, x, tl.where(near, 2.0 * rest + neg, 2.0 * (e - 1.0) - neg))
+    return f, (1.0 + 2.0 * a) * e - a, d_a, 0.0, 0.0
+
+
+@triton.jit
+def expanded_sigmoid(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = sigmoid_gate(x, EXACT)
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+
+
+@triton.jit
+def expanded_normal(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = normal_gate(x, EXACT)
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+
+
+@triton.jit
+def expanded_arctan(x, a, unused, unused_too, EXACT: tl.constexpr):
+    g, dg, odd = arctan_gate(x, EXACT)
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+
+
+@triton.jit
+def rectified(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+    return relu(x), tl.where(x > 0.0, 1.0, 0.0), 0.0, 0.0, 0.0
+
+
+@triton.jit
+def rectified_square(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+    pos = relu(x)
+    return pos * pos, 2.0 * pos, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def silu(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+    g, dg, _ = sigmoid_gate(x, EXACT)
+    f, slope = self_gated(x, g, dg)
+    return f, slope, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def gelu(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+    g, dg, _ = normal_gate(x, EXACT)
+    f, slope = self_gated(x, g, dg)
+    return f, slope, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def gelu_tanh(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+    v = x * x
+    g, dg, _ = sigmoid_gate(x * (1.5957691216057308 + 0.07135481627260025 * v), EXACT)  # 2 sqrt(2/pi) (1, 0.044715)
+    f, slope = self_gated(x, g, dg * (1.5957691216057308 + 0.21406444881780074 * v))
+    return f, slope, 0.0, 0.0, 0.0
+
+
+# The gated linear units apply one of these to the gate half, so functions are found by the record's maths.
+_BY_MATHS = {
+    activations.get(name).maths: function
+    for name, function in {
+        "xielu": xielu,
+        "xiprelu": xiprelu,
+        "xielu_cubic": xielu_cubic,
+        "xielu_neg_silu": xielu_neg_silu,
+        "xielu_neg_xsilu": xielu_neg_xsilu,
+        "xielu_neg_zero": xielu_neg_zero,
+        "xsilu": xsilu,
+        "xgelu": xgelu,
+        "xatlu": xatlu,
+        "xelu": xelu,
+        "xsilu_glu1": expanded_sigmoid,
+        "xgelu_glu1": expanded_normal,
+        "xatlu_glu1": expanded_arctan,
+        "relu": rectified,
+        "relu2": rectified_square,
+        "silu": silu,
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+    }.items()
+}
+
+
+def device_function(activation: Activation) -> triton.JITFunction | None:
+    """The device function of a record, or None if it has none here."""
+    return _BY_MATHS.get(activation.maths) if len(activation.parameters) <= MAX_PARAMETERS else None

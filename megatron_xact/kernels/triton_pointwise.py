@@ -1,0 +1,250 @@
+"""One Triton kernel forward and one backward for every activation, gated or not; see `device_functions` for the maths.
+
+The data are a matrix of rows (tokens) and columns; what is elementwise in every respect is one long row. A program owns
+a tile of it, reads it once and writes it once: 4 bytes per bf16 element forward, 6 backward. Sums over elements (the
+gradients of parameters, bias and per-token scale) leave each program as fp32 partial sums in places of their own, which
+torch.sum adds in a fixed order: no atomics, so two runs give the same bits. Parameters are read from device memory:
+nothing here waits for the GPU, and a CUDA graph may capture it.
+
+Shape suffixes: R = rows, C = columns of y, W = columns of x (C, or 2C where gated: gate half first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_function
+from megatron_xact.kernels.reference import Backward
+
+# Elements of y per program. Chosen from machine code for sm_80 and sm_90 (no spills, at least two programs per
+# multiprocessor), not yet on a GPU: where backward holds more than x and dy, half the elements fit the registers.
+TILE = 4096
+TILE_OF_WIDE_BACKWARD = 2048
+NUM_WARPS = 8
+MAX_TILE_COLUMNS = 1024  # where rows matter; 128 bf16 columns are 256 contiguous bytes
+MIN_TILE_COLUMNS = 128
+
+
+@triton.jit
+def _tile(rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """(row indices [tile rows, 1] int64, column indices [1, tile columns] int64, row block, column block)."""
+    program = tl.program_id(0)
+    column_blocks = tl.cdiv(columns, TILE_COLUMNS)
+    row_block, column_block = program // column_blocks, program % column_blocks
+    row = row_block.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = column_block.to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    return row[:, None], column[None, :], row_block, column_block
+
+
+@triton.jit
+def _load(pointer, bias_ptr, bias_offset, offset, column, mask, columns):
+    x = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + bias_offset + column, mask=column < columns, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _parameters(p0, p1, p2, LEARNED: tl.constexpr):
+    """A learned parameter comes as a pointer to one fp32, a fixed one as a number."""
+    if LEARNED & 1:
+        p0 = tl.load(p0)
+    if LEARNED & 2:
+        p1 = tl.load(p1)
+    if LEARNED & 4:
+        p2 = tl.load(p2)
+    return p0, p1, p2
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, y_ptr, bias_ptr, scale_ptr, p0, p1, p2, rows, columns,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y_RC = scale_R act(x_RW + bias_W). bias_ptr and scale_ptr may be None."""
+    EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
+    p0, p1, p2 = _parameters(p0, p1, p2, LEARNED)
+    row, column, _, _ = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    mask = (row < rows) & (column < columns)
+    x_offset = row * (columns * (2 if GATED else 1)) + column
+    x = _load(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    y, _, _, _, _ = FUNCTION(x, p0, p1, p2, EXACT)
+    if GATED:
+        y *= _load(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr, x_ptr, dx_ptr, y_ptr, bias_ptr, dbias_ptr, scale_ptr, dscale_ptr, dp_ptr, p0, p1, p2, rows, columns,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx_RW, and what is asked for (not None) of: y_RC again, and partial sums in fp32:
+
+    dp_ptr [learned parameters, programs], dbias_ptr [row blocks, W], dscale_ptr [R, column blocks].
+    """
+    EXACT: tl.constexpr = dx_ptr.dtype.element_ty == tl.float32
+    p0, p1, p2 = _parameters(p0, p1, p2, LEARNED)
+    row, column, row_block, column_block = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    mask = (row < rows) & (column < columns)
+    width = columns * (2 if GATED else 1)
+    x_offset, y_offset = row * width + column, row * columns + column
+    x = _load(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    dy = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(tl.float32)
+    f, slope, d0, d1, d2 = FUNCTION(x, p0, p1, p2, EXACT)
+    y = f
+    df = dy  # gradient of y = f(x) up scale, by f
+    if GATED:
+        up = _load(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+        y = f * up
+    if dscale_ptr is not None:
+        column_blocks = tl.cdiv(columns, TILE_COLUMNS)
+        tl.store(dscale_ptr + row * column_blocks + column_block, tl.sum(dy * y, 1)[:, None], mask=row < rows)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+        y *= scale
+        df *= scale
+    if GATED:
+        dup = df * f
+        df *= up
+        tl.store(dx_ptr + x_offset + columns, dup.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx = df * slope
+    tl.store(dx_ptr + x_offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if y_ptr is not None:
+        tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if dbias_ptr is not None:
+        dbias_offset = row_block.to(tl.int64) * width + column
+        tl.store(dbias_ptr + dbias_offset, tl.sum(dx, 0)[None, :], mask=column < columns)
+        if GATED:
+            tl.store(dbias_ptr + dbias_offset + columns, tl.sum(dup, 0)[None, :], mask=column < columns)
+    # a tile's padding has dy = 0, so it adds nothing
+    dp_ptr += tl.program_id(0)
+    if LEARNED & 1:
+        tl.store(dp_ptr, tl.sum(df * d0))
+    if LEARNED & 2:
+        tl.store(dp_ptr + (LEARNED & 1) * tl.num_programs(0), tl.sum(df * d1))
+    if LEARNED & 4:
+        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * tl.num_programs(0), tl.sum(df * d2))
+
+
+def serves(activation: Activation, x: Tensor) -> bool:
+    """Has this activation a kernel for x's dtype? fp64 has none, nor has a record with eps (the bits of eager code)."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return x.dtype in dtypes and not activation.eps and device_function(activation) is not None
+
+
+def forward(
+    activation: Activation, x: Tensor, p: Values, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """As `reference.forward`, in one pass."""
+    x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
+    y = x.new_empty(_output_shape(activation, x))
+    if y.numel():
+        grid, options = _launch(activation, p, rows, columns, TILE)
+        with _device_of(x):
+            forward_kernel[grid](x, y, _contiguous(bias), _contiguous(scale), *_slots(activation, p), rows, columns,
+                                 **options)  # fmt: skip
+    return y
+
+
+def backward(
+    activation: Activation,
+    x: Tensor,
+    p: Values,
+    dy: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    emit_y: bool = False,
+) -> Backward:
+    """As `reference.backward`: one pass, and for each sum over elements an addition of its partial sums."""
+    x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
+    grid, options = _launch(activation, p, rows, columns, TILE if rows == 1 else TILE_OF_WIDE_BACKWARD)
+    column_blocks = triton.cdiv(columns, options["TILE_COLUMNS"])
+    learned = [symbol for symbol, value in p.items() if isinstance(value, Tensor)]
+
+    def partial_sums(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    dx = torch.empty_like(x)
+    y = x.new_empty(_output_shape(activation, x)) if emit_y else None
+    dp = partial_sums(len(learned), *grid)
+    dbias = partial_sums(triton.cdiv(rows, options["TILE_ROWS"]), x.shape[-1]) if bias is not None else None
+    dscale = partial_sums(rows, column_blocks) if scale is not None else None
+    if x.numel():
+        with _device_of(x):
+            backward_kernel[grid](
+                dy.contiguous(), x, dx, y, _contiguous(bias), dbias, _contiguous(scale), dscale, dp,
+                *_slots(activation, p), rows, columns, **options,
+            )  # fmt: skip
+    # torch.sum has a fixed order for a given shape; each of these is 1/4096 to 1/32 of the data
+    return Backward(
+        dx,
+        dict(zip(learned, dp.sum(1), strict=True)),
+        dbias.sum(0) if dbias is not None else None,
+        dscale.sum(1).reshape(scale.shape) if scale is not None else None,
+        y,
+    )
+
+
+def _matrix(activation: Activation, x: Tensor, rowwise: bool) -> tuple[Tensor, int, int]:
+    """(x contiguous, rows, columns of y). A strided x is copied: its elements would not be 16 adjacent bytes anyway."""
+    if activation.gated and (x.dim() == 0 or x.shape[-1] % 2):
+        raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(x.shape)}")
+    x = x.contiguous()
+    if not activation.gated and not rowwise:
+        return x, 1, x.numel()
+    width = x.shape[-1]
+    return x, math.prod(x.shape[:-1]), width // (2 if activation.gated else 1)
+
+
+def _output_shape(activation: Activation, x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-1], x.shape[-1] // 2) if activation.gated else tuple(x.shape)
+
+
+def _launch(activation: Activation, p: Values, rows: int, columns: int, tile: int) -> tuple[tuple[int], dict]:
+    """Grid and compile-time arguments."""
+    tile_columns = tile if rows == 1 else _tile_columns(columns)
+    tile_rows = tile // tile_columns
+    learned = sum(1 << i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor))
+    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),), {
+        "FUNCTION": device_function(activation),
+        "GATED": activation.gated,
+        "LEARNED": learned,
+        "TILE_ROWS": tile_rows,
+        "TILE_COLUMNS": tile_columns,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,  # Triton means to change its default
+    }
+
+
+def _tile_columns(columns: int) -> int:
+    """No idle lanes where a multiple of 128 divides the columns, as in any real MLP."""
+    divisor = columns & -columns  # the largest power of two in it
+    fit = divisor if divisor >= MIN_TILE_COLUMNS else triton.next_power_of_2(max(columns, 1))
+    return min(fit, MAX_TILE_COLUMNS)
+
+
+def _slots(activation: Activation, p: Values) -> list[Tensor | float]:
+    values = [p[q.symbol] for q in activation.parameters]
+    tensors = [v.to(torch.float32) if isinstance(v, Tensor) else v for v in values]
+    return tensors + [0.0] * (MAX_PARAMETERS - len(values))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _device_of(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()  # Triton's interpreter: CPU
