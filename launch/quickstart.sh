@@ -8,7 +8,8 @@ usage: bash launch/quickstart.sh [--fresh] [--source WHAT] [--out FOLDER] [any f
 
 Makes the environment (.venv), builds a corpus and a BPE tokenizer, pretrains the model of configs/quickstart.toml
 through Megatron with tensor parallelism 2 (NCCL where GPUs are, else gloo on the CPU), measures its validation
-perplexity, plots loss and alphas, and prints a sample. Run again, it resumes or reuses what is there.
+perplexity, plots loss and alphas, exports the model to Hugging Face, verified, and prints a sample that transformers
+generates from it. Run again, it resumes or reuses what is there.
 
   --source WHAT   the corpus: stdlib (default: the text of this Python's standard library), a folder of text, a .txt,
                   .jsonl, .jsonl.gz or .parquet file, or a Hugging Face dataset org/name[:config][@split]
@@ -56,4 +57,10 @@ xact data --source "$source_" --out "$out/data" $fresh
 xact pretrain configs/quickstart.toml --quiet \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/validation_text_document" \
     --tokenizer-model "$out/data/tokenizer" --save "$out" --load "$out" ${overrides[@]+"${overrides[@]}"}
+echo
+rm -rf "$out/hugging-face"  # made anew from the checkpoint
+xact export "$out" "$out/hugging-face"
+echo "sample by transformers, from the exported model:"
+xact generate "$out/hugging-face" --prompt $'def read_lines(path):\n' --tokens 120
+echo
 echo "quickstart   $((SECONDS - installed)) s, and $((installed - start)) s for the environment"

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     XACT_TRACEBACK=1 in the environment shows the traceback of a user's error.
     """
     argv = sys.argv[1:] if argv is None else argv
-    _silence_missing_libraries()
+    _silence_libraries()
     try:
         args = parse(argv)
         return COMMANDS[args.command].main(args) or 0
@@ -146,11 +146,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _silence_missing_libraries() -> None:
-    """Megatron and torch tell a dozen times per import what `xact doctor` tells once, with the way out."""
+def _silence_libraries() -> None:
+    """What is not for our users: a dozen times per import, what `xact doctor` tells once; torch's talk to itself."""
     warnings.filterwarnings(
         "ignore", message=r"[\s\S]*(Apex|apex|Transformer Engine|transformer-engine)[\s\S]*"
     )
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # deprecations inside torch
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
 

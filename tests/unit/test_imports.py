@@ -19,7 +19,7 @@ ROOMS = {
     "kernels": {"activations"},
     "layers": {"activations", "kernels"},
     "pretraining": {"activations", "kernels", "layers"},
-    "checkpoints": {"activations", "kernels", "layers"},
+    "checkpoints": {"activations", "kernels", "layers", "pretraining"},
     "studies": set(),
 }
 # Third-party name -> where it may be named: rooms, or modules of a room.

@@ -1,0 +1,125 @@
+"""Exports in the hands of readers that are not transformers: mlx-lm and llama.cpp, both on the CPU.
+
+They are not among this project's extras. XACT_MLX_PYTHON names an interpreter that has mlx-lm (pip install 'mlx[cpu]'
+mlx-lm), XACT_LLAMA_PYTHON one that has torch, transformers, gguf and llama_cpp, XACT_LLAMA_CPP the sources of
+llama.cpp, whose convert_hf_to_gguf.py is in no package (they lie in the source package of llama-cpp-python).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import in_process
+
+# Not starcoder2: mlx-lm computes the exact GELU there, whatever config.json says.
+NAMES = ("apertus", "apertus tied mha", "llama", "qwen3")
+
+MLX = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import load_model
+
+tokens = mx.array(np.load(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model, _ = load_model(Path(folder))
+    np.save(folder + "/logits.npy", np.array(model(tokens).astype(mx.float32)))
+"""
+
+# llama.cpp knows the splitting of a tokenizer by a hash of what it makes of a sample text, so no tokenizer trained anew
+# is ever known: the name of the nearest one is put in its place. Token ids are given below, so it does not matter here.
+LLAMA_CPP = """
+import runpy, sys
+sources, tokens, folder = sys.argv[1:4]
+sys.path[:0] = [sources, sources + "/gguf-py"]
+import numpy as np
+import conversion.base
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+sys.argv = ["convert", folder, "--outfile", folder + "/model.gguf", "--outtype", "f32"]
+try:
+    runpy.run_path(sources + "/convert_hf_to_gguf.py", run_name="__main__")
+except SystemExit as ending:
+    assert not ending.code, ending.code
+import llama_cpp
+ids = np.load(tokens)[0].tolist()
+fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # its keys and values: fp16 by default
+model = llama_cpp.Llama(
+    folder + "/model.gguf", n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False, **fp32
+)
+model.eval(ids)
+np.save(folder + "/logits.npy", np.array(model.scores[: len(ids)], dtype=np.float32)[None])
+"""
+
+
+def interpreter(variable: str, *needed: str) -> str:
+    """The one that the variable names, or this one; skips the test where it lacks a package."""
+    python = os.environ.get(variable, sys.executable)
+    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+    if subprocess.run([python, "-c", code, *needed]).returncode:
+        pytest.skip(f"{python} lacks one of {', '.join(needed)}; {variable} may name another interpreter")
+    return python
+
+
+def run(python: str, script: str, *words) -> None:
+    done = subprocess.run([python, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def through_megatron(models: dict[str, Path], run: Path, tokens: Path, out: Path) -> dict[str, tuple[Path, np.ndarray]]:
+    """Exports, and Megatron's own logits: of a trained run, and of transformers' models imported before."""
+    from megatron_xact.checkpoints.export import export
+    from megatron_xact.checkpoints.importing import import_checkpoint
+    from megatron_xact.checkpoints.model import load
+
+    found = {}
+    for name, source in {"trained": run, **models}.items():
+        checkpoint, folder = source, out / f"{source.name}-export"
+        if name != "trained":
+            checkpoint = out / f"{source.name}-megatron"
+            import_checkpoint(source, checkpoint, verify=False)
+        export(checkpoint, folder, verify=False)
+        found[name] = folder, load(checkpoint).logits(torch.from_numpy(np.load(tokens))).numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(2, 500, size=(1, 60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exports(hf_models, runs, tokens, tmp_path_factory) -> dict[str, tuple[Path, np.ndarray]]:
+    models = {name: hf_models[name] for name in NAMES}
+    return in_process(through_megatron, models, runs["apertus tp2"], tokens, tmp_path_factory.mktemp("exports"))
+
+
+def difference(folder: Path, expected: np.ndarray) -> float:
+    found = np.load(folder / "logits.npy")
+    assert found.shape == expected.shape and expected.std() > 0.05
+    return float(np.abs(found - expected).max())
+
+
+def test_mlx_lm_computes_what_megatron_computed(request, tokens):
+    python = interpreter("XACT_MLX_PYTHON", "mlx", "mlx_lm")
+    exports = request.getfixturevalue("exports")
+    run(python, MLX, tokens, *(folder for folder, _ in exports.values()))
+    for name, (folder, expected) in exports.items():
+        assert difference(folder, expected) < 1e-5, name
+
+
+def test_llama_cpp_computes_what_megatron_computed(request, tokens):
+    if "XACT_LLAMA_CPP" not in os.environ:
+        pytest.skip("XACT_LLAMA_CPP does not name the sources of llama.cpp")
+    python = interpreter("XACT_LLAMA_PYTHON", "torch", "transformers", "gguf", "llama_cpp")
+    exports = request.getfixturevalue("exports")
+    for name in ("trained", "apertus", "llama", "qwen3"):  # its Apertus refuses tied heads
+        folder, expected = exports[name]
+        run(python, LLAMA_CPP, os.environ["XACT_LLAMA_CPP"], tokens, folder)
+        assert difference(folder, expected) < 1e-5, name

@@ -1,0 +1,374 @@
+"""`xact import`: from transformers' own models, from our exports, and from the checkpoints of older forks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RUNS, VOCABULARY, hf_configs, in_process, save_hf
+from safetensors.torch import load_file, save_file
+
+from megatron_xact.checkpoints import megatron_io
+from megatron_xact.checkpoints.architecture import from_megatron, identity
+from megatron_xact.checkpoints.export import export
+from megatron_xact.checkpoints.importing import import_checkpoint
+from megatron_xact.checkpoints.mapping import MegatronTensor, table
+from megatron_xact.checkpoints.megatron_io import open_checkpoint
+from megatron_xact.pretraining import config as config_file
+from megatron_xact.pretraining.config import validate
+
+pytestmark = pytest.mark.distributed
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Megatron checkpoint."""
+    source = open_checkpoint(checkpoint)
+    return {name: source.read(MegatronTensor(name, shape)) for name, shape in source.shapes().items()}
+
+
+def import_verified(models: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Imports with the comparison of logits; name -> what it said."""
+    return {
+        name: import_checkpoint(path, folder / path.name, tensor_parallel=2).verified for name, path in models.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def imports(runs, hf_models, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("imports")
+    return folder, in_process(import_verified, hf_models, folder)
+
+
+@pytest.mark.parametrize("name", hf_configs())
+def test_megatron_computes_what_transformers_does(imports, name):
+    said = imports[1][name]
+    assert "tensors equal" in said and "16 of 16 greedy tokens alike" in said
+    assert float(said.partition("logits within ")[2].split()[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", hf_configs())
+def test_to_megatron_and_back_is_bit_equal(imports, hf_models, tmp_path, name):
+    export(imports[0] / hf_models[name].name, tmp_path / "back", verify=False)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", hf_models[name]))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        if key.endswith("act_fn.eps"):  # transformers' init rounds -1e-6 through bf16
+            assert float(ours[key]) == pytest.approx(float(tensor), rel=0.01)
+        else:
+            assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_to_hugging_face_and_back_is_bit_equal(runs, tmp_path, name):
+    runs.start(*RUNS)
+    export(runs[name], tmp_path / "hf", verify=False)
+    import_checkpoint(tmp_path / "hf", tmp_path / "back", verify=False)
+    before, after = tensors(runs[name]), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        vocabulary = key in ("embedding.word_embeddings.weight", "output_layer.weight")
+        assert after[key].dtype == tensor.dtype and after[key].shape == tensor.shape
+        rows = VOCABULARY if vocabulary else None
+        assert torch.equal(after[key][:rows], tensor[:rows]), key
+    old, new = (open_checkpoint(folder).args for folder in (runs[name], tmp_path / "back"))
+    assert from_megatron(old, VOCABULARY) == from_megatron(new, VOCABULARY)
+
+
+@pytest.mark.parametrize("name, ranks, flag", [("apertus", 2, "tensor"), ("llama", 2, "pipeline")])
+def test_training_goes_on_from_an_import(runs, imports, hf_models, tmp_path, name, ranks, flag):
+    """By the printed command, with a learning rate of nothing: Megatron loaded every weight, or saves others."""
+    folder = imports[0] / hf_models[name].name
+    data = runs.folder / "data"
+    words = f"--train-data-path {data}/train_text_document --valid-data-path {data}/validation_text_document "
+    words += "--lr 1e-30 --train-iters 1 --micro-batch-size 2 --global-batch-size 2 --eval-iters 1 --num-workers 0 "
+    words += f"--tensor-model-parallel-size 1 --{flag}-model-parallel-size {ranks}"
+    run = runs.train(f"on from {name}", ranks, words.split(), folder / "config.toml")
+    before, after = tensors(folder), tensors(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+def test_the_config_is_complete_and_valid(imports, hf_models, monkeypatch):
+    folder = imports[0] / hf_models["apertus"].name
+    config = config_file.load(folder / "config.toml")
+    assert config.megatron["tensor-model-parallel-size"] == 2 and config.megatron["qk-layernorm"]
+    words = "--train-iters 1 --lr 1e-3 --micro-batch-size 1 --global-batch-size 1 --mock-data"
+    validate(config.with_overrides(words.split(), []), 2)
+    assert (folder / "tokenizer" / "tokenizer.json").is_file()
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def test_16_bit_weights_stay_and_alphas_become_fp32(runs, tmp_path):
+    source = save_hf(hf_configs()["apertus"], tmp_path / "hf", runs.tokenizer, torch.bfloat16)
+    done = import_checkpoint(source, tmp_path / "out", verify=False)
+    assert done.dtype == "bfloat16" and "bf16 = true" in (tmp_path / "out" / "config.toml").read_text()
+    theirs = load_file(source / "model.safetensors")
+    for name, tensor in tensors(tmp_path / "out").items():
+        is_alpha = "activation_func" in name
+        assert tensor.dtype == (torch.float32 if is_alpha else torch.bfloat16), name
+        if is_alpha:
+            layer, _, alpha = name.removeprefix("decoder.layers.").replace(".mlp.activation_func.", " ").partition(" ")
+            assert torch.equal(tensor, theirs[f"model.layers.{layer}.mlp.act_fn.{alpha}"].float())
+
+
+# Which of xIELU's parameters were trained
+
+
+def retrained(source: Path, folder: Path, **changed: float) -> Path:
+    """A copy of a Hugging Face folder, its second layer's act_fn tensors changed."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, value in changed.items():
+        key = f"model.layers.1.mlp.act_fn.{name}"
+        weights[key] = torch.full_like(weights[key], value)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_beta_that_differs_between_layers_was_trained(hf_models, tmp_path):
+    same = import_checkpoint(hf_models["apertus"], tmp_path / "a", verify=False)
+    assert identity(same.architecture.activation)["fixed"] == {"beta": 0.5} and same.notes == ()
+    source = retrained(hf_models["apertus"], tmp_path / "hf", beta=0.75)
+    done = import_checkpoint(source, tmp_path / "b", verify=False)
+    assert identity(done.architecture.activation)["trainable"] == ["alpha_p", "alpha_n", "beta"]
+    assert "beta differs" in done.notes[0]
+    found = tensors(tmp_path / "b")
+    assert [float(found[f"decoder.layers.{i}.mlp.activation_func.beta"]) for i in (0, 1)] == [0.5, 0.75]
+
+
+def test_what_was_fixed_and_trained_since_is_trained(runs, tmp_path):
+    export(runs["apertus tp2"], tmp_path / "hf", verify=False)
+    kept = import_checkpoint(tmp_path / "hf", tmp_path / "a", verify=False)
+    assert kept.architecture.activation == from_megatron(open_checkpoint(runs["apertus tp2"]).args, 500).activation
+    source = retrained(tmp_path / "hf", tmp_path / "hf2", beta=0.625)
+    done = import_checkpoint(source, tmp_path / "b", verify=False)
+    assert [q.name for q in done.architecture.activation.trainable] == ["alpha_p", "alpha_n", "beta"]
+    assert "layers.1.mlp.act_fn.beta = 0.625" in done.notes[0]
+
+
+def test_another_clamp_is_refused(hf_models, tmp_path):
+    source = retrained(hf_models["apertus"], tmp_path / "hf", eps=-0.5)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.eps = -0\.5"):
+        import_checkpoint(source, tmp_path / "out", verify=False)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "change, options, said",
+    [
+        (lambda w, c: w.pop("model.layers.0.mlp.act_fn.beta"), {}, "lacks model.layers.0.mlp.act_fn.beta"),
+        (lambda w, c: w.update(extra=torch.ones(1)), {}, "has unexpected extra"),
+        (lambda w, c: c.update(num_key_value_heads=4), {}, "self_attn.k_proj.weight has shape [16, 32]"),
+        (lambda w, c: c.pop("hidden_size"), {}, "lacks the key 'hidden_size'"),
+        (lambda w, c: c.update(model_type="mamba"), {}, "model_type = 'mamba'"),
+        (lambda w, c: c.update(rope_theta=1.0), {}, "contradicts itself"),
+        (lambda w, c: w["model.norm.weight"].fill_(float("nan")), {}, "decoder.final_layernorm.weight is not finite"),
+        (lambda w, c: None, {"tensor_parallel": 3}, "4 (attention heads) cannot be split over 3 ranks"),
+        (lambda w, c: None, {"pipeline_parallel": 4}, "2 (layers) cannot be split over 4 ranks"),
+    ],
+    ids=["missing", "unexpected", "shape", "config", "family", "rope", "nan", "tp", "pp"],
+)
+def test_refused_with_one_line_and_nothing_left(hf_models, tmp_path, change, options, said):
+    source = tmp_path / "hf"
+    shutil.copytree(hf_models["apertus"], source)
+    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    change(weights, config)
+    save_file({k: v.contiguous() for k, v in weights.items()}, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        import_checkpoint(source, tmp_path / "out", verify=False, **options)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["Ctrl-C", "full disk"])
+def test_interrupted_while_writing(hf_models, tmp_path, monkeypatch, error):
+    from megatron_xact.pretraining.data.progress import Progress
+
+    def interrupted(self, size):
+        self.done += size
+        if self.done > 20_000:
+            assert [p.name for p in tmp_path.iterdir()][0].startswith(".out.partial")
+            raise error
+
+    monkeypatch.setattr(Progress, "update", interrupted)
+    with pytest.raises(type(error)):
+        import_checkpoint(hf_models["llama"], tmp_path / "out", verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_folders_are_refused(hf_models, tmp_path):
+    with pytest.raises(OSError, match="no such checkpoint"):
+        import_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "hf").mkdir()
+    shutil.copyfile(hf_models["apertus"] / "config.json", tmp_path / "hf" / "config.json")
+    with pytest.raises(ValueError, match="no safetensors"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "out")
+
+
+# Checkpoints of older forks
+
+
+@pytest.fixture(scope="module")
+def reference(runs) -> tuple[Namespace, dict[str, torch.Tensor]]:
+    """Arguments as a fork saved them, and the tensors of a real run: what every layout below is made of."""
+    args = open_checkpoint(runs["apertus tp2"]).args
+    args = Namespace(**{k: v for k, v in vars(args).items() if k != "xact_activation"}, xielu=True)
+    return args, tensors(runs["apertus tp2"])
+
+
+def bf16(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16() if "activation_func" in name else tensor
+
+
+@pytest.mark.parametrize("layout", ["[L]", "[L, 1]"])
+def test_both_layouts_of_stacked_alphas(reference, runs, tmp_path, layout):
+    """Written with torch's own distributed checkpointing, as stacked tensors; alphas in bf16, as forks have them."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    args, weights = reference
+    state = {key: t for key, t in weights.items() if not key.startswith("decoder.layers.")}
+    for key in {key.split(".", 3)[3] for key in weights.keys() - state.keys()}:
+        stack = torch.stack([bf16(key, weights[f"decoder.layers.{i}.{key}"]) for i in range(4)])
+        state[f"decoder.layers.{key}"] = stack.flatten() if layout == "[L]" and "alpha" in key else stack
+    folder = tmp_path / "iter_0000005"
+    save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
+    torch.save({"args": args, "iteration": 5, "checkpoint_version": 3.0}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    done = import_checkpoint(tmp_path, tmp_path / "out")
+    assert done.architecture.activation.name == "xielu"
+    found = tensors(tmp_path / "out")
+    assert found.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(found[key], bf16(key, tensor).to(tensor.dtype)), key
+
+
+def legacy(args: Namespace, weights: dict[str, torch.Tensor], folder: Path, drift: float = 0.0) -> Path:
+    """Megatron's old format, 2 tensor x 2 pipeline ranks, split by hand: rows, columns, or copies (alphas drifting)."""
+    rows = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_fc1.weight")
+    columns = ("linear_proj.weight", "linear_fc2.weight")
+    for tp in range(2):
+        for pp in range(2):
+            model = {}
+            for name, tensor in weights.items():
+                if name.startswith("decoder.layers."):
+                    layer, _, rest = name.removeprefix("decoder.layers.").partition(".")
+                    if int(layer) // 2 != pp:
+                        continue
+                    rest = rest.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+                    name = f"decoder.layers.{int(layer) % 2}.{rest}"
+                elif (pp == 0) != name.startswith("embedding."):
+                    continue
+                if name.endswith(rows):
+                    tensor = tensor.chunk(2, dim=0)[tp]
+                elif name.endswith(columns):
+                    tensor = tensor.chunk(2, dim=1)[tp]
+                elif "activation_func" in name:
+                    tensor = tensor.bfloat16() + tp * drift
+                model[name] = tensor.clone()
+            path = folder / "iter_0000005" / f"mp_rank_{tp:02d}_{pp:03d}"
+            path.mkdir(parents=True)
+            torch.save({"args": args, "iteration": 5, "model": model}, path / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("5")
+    return folder
+
+
+def test_the_old_format(reference, tmp_path):
+    args, weights = reference
+    old = legacy(args, weights, tmp_path / "old")
+    with pytest.raises(ValueError, match="old format .* xact import"):
+        export(old, tmp_path / "hf")
+    import_checkpoint(old, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert found.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(found[key], bf16(key, tensor).float()), key
+
+
+@pytest.mark.parametrize("policy, share", [("average", 0.5), ("rank0", 0.0), ("refuse", None)])
+def test_ranks_whose_alphas_disagree(reference, tmp_path, policy, share):
+    args, weights = reference
+    old = legacy(args, weights, tmp_path / "old", drift=0.25)
+    if share is None:
+        with pytest.raises(ValueError) as error:
+            import_checkpoint(old, tmp_path / "out")
+        assert "8 activation parameters differ between the 2 tensor-parallel ranks" in str(error.value)
+        assert "mlp.activation_func.alpha_" in str(error.value) and "--alpha-disagreement" in str(error.value)
+        assert not (tmp_path / "out").exists()
+        return
+    done = import_checkpoint(old, tmp_path / "out", alpha_disagreement=policy)
+    assert "8 activation parameters differ" in done.notes[0]
+    found = tensors(tmp_path / "out")
+    for key, tensor in weights.items():
+        if "activation_func" in key:
+            first = tensor.bfloat16()
+            copies = torch.stack([first, first + 0.25]).float()
+            assert torch.equal(found[key], copies.mean(dim=0) if share else copies[0]), key
+
+
+def test_weights_that_disagree_are_refused(reference, tmp_path):
+    args, weights = reference
+    old = legacy(args, weights, tmp_path / "old")
+    path = old / "iter_0000005" / "mp_rank_01_001" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"]["decoder.final_layernorm.weight"] += 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="different copies of decoder.final_layernorm.weight"):
+        import_checkpoint(old, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match="files of 3 ranks, not of 2 x 2"):
+        import_checkpoint(old, tmp_path / "out")
+
+
+class Unknown:
+    """Something that a safe unpickler does not make."""
+
+
+def test_what_is_not_plain_is_not_unpickled(reference, tmp_path):
+    args, weights = reference
+    old = legacy(Namespace(**vars(args), mine=Unknown()), weights, tmp_path / "old")
+    with pytest.raises(ValueError, match="--trust-pickle"):
+        import_checkpoint(old, tmp_path / "out")
+    import_checkpoint(old, tmp_path / "out", trust_pickle=True)
+    assert (tmp_path / "out" / "config.toml").is_file()
+
+
+def test_an_activation_can_be_named(reference, tmp_path):
+    args, weights = reference
+    nameless = Namespace(**{k: v for k, v in vars(args).items() if k != "xielu"})
+    old = legacy(nameless, weights, tmp_path / "old")
+    with pytest.raises(ValueError, match="--activation"):
+        import_checkpoint(old, tmp_path / "out")
+    done = import_checkpoint(old, tmp_path / "out", activation="xielu")
+    assert done.architecture.activation.name == "xielu"
+
+
+def test_the_writer_makes_what_a_run_makes(runs, tmp_path):
+    """Index against index: the same names, shapes and dtypes; and whole, by the check that precedes every training."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_xact.pretraining.checks import check_checkpoint
+
+    source = open_checkpoint(runs["arcee"])
+    wanted = [t for rule in table(from_megatron(source.args, VOCABULARY)) for t in rule.megatron]
+    megatron_io.write(tmp_path / "release", wanted, {t.name: torch.bfloat16 for t in wanted}, source.read, source.args)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    assert check_checkpoint(tmp_path) == tmp_path / "release"
+
+    def index(folder: Path) -> tuple[dict, set[str]]:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+        model = {name: entry for name, entry in entries.items() if not name.startswith("optimizer")}
+        kept = {n: e for n, e in model.items() if isinstance(e, TensorStorageMetadata)}
+        return {n: (tuple(e.size), e.properties.dtype) for n, e in kept.items()}, model.keys() - kept.keys()
+
+    (ours, objects), (theirs, their_objects) = index(tmp_path / "release"), index(source.folder)
+    assert ours == theirs
+    assert {n for n in their_objects if "_state/" in n and "rerun" not in n and "rng" not in n} <= objects
