@@ -178,6 +178,7 @@ def load_megatron(
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel is deprecated"
     with contextlib.redirect_stdout(io.StringIO()):  # the spec's announcement is for training logs
         config = gpt_config_from_args(changed)
+        config.rope_scaling_factor = changed.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
         config.transformer_layer_spec = partial(decoder_block, activation=record(identity_of(args)))
         model = GPTModelBuilder(config).build_model(
             ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True

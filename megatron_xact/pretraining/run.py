@@ -192,6 +192,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     # Saved with every checkpoint, so that one can tell what its alphas belong to.
     args.xact_activation = config.activation.identity()
     model = gpt_config_from_args(args)
+    model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
     monitor = Monitor(run_folder, terminal, config.xact.guard_interval, config.xact.telemetry_interval)
 
