@@ -71,7 +71,9 @@ def _refuse_unsavable(config: TransformerConfig) -> None:
     """
     try:
         args = get_args()
-    except AssertionError:  # the model is built by a program of somebody's own, without Megatron's global arguments
+    except AssertionError:
+        args = None  # which is also what `python -O` gives
+    if args is None:  # the model is built by a program of somebody's own, without Megatron's global arguments
         return
     if args.spec is not None and args.save and (config.bf16 or config.fp16):
         raise ValueError(
