@@ -513,7 +513,8 @@ def test_an_interrupt_leaves_nothing(prepared: manifest.DataManifest, tmp_path: 
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 200)  # about 70 MB
     code = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
         "from megatron_xact.pretraining.data.preprocess import prepare\n"
         "prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3])"
     )
