@@ -13,6 +13,9 @@
     [xact]                           # see XactConfig
     guard-interval = 100
 
+    [launch]                         # see LaunchConfig
+    hang-timeout = 1800
+
 Instead of passing unknown or ill-typed keys on, every key is checked against Megatron's own parser; errors
 say where it stands. Paths inside the tables are relative to the current directory, as for Megatron.
 """
@@ -30,7 +33,7 @@ from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
 
-__all__ = ["ActivationConfig", "RunConfig", "XactConfig", "load", "validate"]
+__all__ = ["ActivationConfig", "LaunchConfig", "RunConfig", "XactConfig", "load", "validate"]
 
 TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
 Tables = dict[str, dict[str, object]]
@@ -80,6 +83,35 @@ class XactConfig:
     """Tokens of text to generate when training ends, as a first look at the model; 0: none."""
     sample_prompt: str = "The "
     """What the sample continues."""
+    statistics_interval: int = 100
+    """Steps between measurements of every layer's pre- and post-activations: sparsity, outliers; 0: off."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints to keep; older ones are deleted once a newer one is complete; 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are never deleted, e.g. to branch cooldowns from; 0: none."""
+    checksums: bool = True
+    """Whether a saved checkpoint gets a checksum of every file, and a loaded one is compared with them."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """[launch]: what ends, restarts or stops a run."""
+
+    signal: str = "SIGUSR1"
+    """The scheduler's warning before preemption or the wall-time limit: save, ask for a requeue, end. As SIGTERM."""
+    hang_timeout: int = 1800
+    """Seconds without a completed step after which a run counts as hung; 0: never."""
+    max_restarts: int = 3
+    """Restarts, or requeues after a failure, without a new checkpoint in between before the run is given up."""
+    on_failure: str = "restart"
+    """A killed rank, a lost node, a hang: "restart" from the last complete checkpoint, or "stop"."""
+    on_nan: str = "stop"
+    """A loss that is NaN or infinite: "stop", or "restart" from the last complete checkpoint."""
+
+
+OURS = {"xact": XactConfig, "launch": LaunchConfig}
+CHOICES = {"on_failure": ("restart", "stop"), "on_nan": ("restart", "stop")}
+Setting = bool | int | str
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,7 @@ class RunConfig:
     """Megatron's arguments by their names with hyphens, in the order they were first given."""
     activation: ActivationConfig
     xact: XactConfig
+    launch: LaunchConfig = LaunchConfig()
     source: Path | None = field(default=None, compare=False)
     tables: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Which table each Megatron argument stands in; grouping only, no meaning."""
@@ -131,8 +164,8 @@ class RunConfig:
         }
         if a.trainable is not None:
             activation["trainable"] = list(a.trainable)
-        xact = {f.name.replace("_", "-"): getattr(self.xact, f.name) for f in fields(XactConfig)}
-        return {name: t for name, t in tables.items() if t} | {"activation": activation, "xact": xact}
+        ours = {table: _hyphenated(getattr(self, table)) for table in OURS}
+        return {name: t for name, t in tables.items() if t} | {"activation": activation} | ours
 
 
 def load(path: str | Path) -> RunConfig:
@@ -165,7 +198,7 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
     megatron: dict[str, Value] = {}
     homes: dict[str, str] = {}
     activation: dict[str, object] = {}
-    xact: dict[str, int | str] = {}
+    ours: dict[str, dict[str, Setting]] = {table: {} for table in OURS}
     for where, tables in layers:
         seen: dict[str, str] = {}
         for table, entries in tables.items():
@@ -176,8 +209,8 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
             place = f"{where} [{table}]"
             if table == "activation":
                 activation = _merge_activation(activation, entries, place)
-            elif table == "xact":
-                xact |= _check_xact(entries, place)
+            elif table in OURS:
+                ours[table] |= _check_ours(OURS[table], entries, place)
             elif table in TABLES:
                 for key, value in entries.items():
                     name, value = _check_argument(key, value, place)
@@ -189,9 +222,10 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
                     megatron[name] = value
                     homes[name] = table
             else:
-                known = ", ".join(f"[{t}]" for t in (*TABLES, "activation", "xact"))
+                known = ", ".join(f"[{t}]" for t in (*TABLES, "activation", *OURS))
                 raise ValueError(f"unknown table [{table}] ({where}); the tables are {known}")
-    return RunConfig(megatron, _activation(activation, str(source)), XactConfig(**xact), source, homes)
+    settings = {table: OURS[table](**entries) for table, entries in ours.items()}
+    return RunConfig(megatron, _activation(activation, str(source)), **settings, source=source, tables=homes)
 
 
 def _check_argument(key: str, value: object, place: str) -> tuple[str, Value]:
@@ -241,20 +275,26 @@ def _activation(entries: dict[str, object], where: str) -> ActivationConfig:
     return ActivationConfig(init=init, **(given | {"name": record.name}))
 
 
-def _check_xact(entries: dict, place: str) -> dict[str, int | str]:
+def _check_ours(kind: type, entries: dict, place: str) -> dict[str, Setting]:
+    """The entries of one of our own tables, by field name; a field's default tells its type."""
     checked = {}
-    types = {f.name: type(f.default) for f in fields(XactConfig)}
+    types = {f.name: type(f.default) for f in fields(kind)}
+    expected = {str: "a string", int: "a whole number, 0 for none", bool: "true or false"}
     for key, value in entries.items():
         name = key.replace("-", "_")
         if name not in types:
-            raise ValueError(
-                f"unknown key {key!r} ({place}); it has {', '.join(n.replace('_', '-') for n in types)}"
-            )
+            known = ", ".join(n.replace("_", "-") for n in types)
+            raise ValueError(f"unknown key {key!r} ({place}); it has {known}")
         if type(value) is not types[name] or (types[name] is int and value < 0):
-            expected = "a string" if types[name] is str else "a whole number, 0 for none"
-            raise ValueError(f"{key} = {value!r} ({place}): expected {expected}")
+            raise ValueError(f"{key} = {value!r} ({place}): expected {expected[types[name]]}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{key} = {value!r} ({place}): expected {' or '.join(map(repr, CHOICES[name]))}")
         checked[name] = value
     return checked
+
+
+def _hyphenated(settings: XactConfig | LaunchConfig) -> dict[str, Setting]:
+    return {f.name.replace("_", "-"): getattr(settings, f.name) for f in fields(settings)}
 
 
 def _read_set(text: str) -> Tables:
