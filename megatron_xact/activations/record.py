@@ -130,12 +130,14 @@ class Activation:
             gate, up = _gate_up(z)
             dvalue = dy * up
             slope, partials = self.slopes(gate, p)
-            dx = torch.cat([dvalue * slope, dy * self.value(gate, p)], dim=-1)
+            halves = dvalue * slope, dy * self.value(gate, p)
+            # Rounded before they are joined: a compiler fuses that into the pass that computes them.
+            dx = torch.cat([half.to(x.dtype) for half in halves], dim=-1)
         else:
             dvalue = dy
             slope, partials = self.slopes(z, p)
-            dx = dvalue * slope
-        return dx.to(x.dtype), {q.symbol: (dvalue * partials[q.symbol]).sum() for q in self.trainable}
+            dx = (dvalue * slope).to(x.dtype)
+        return dx, {q.symbol: (dvalue * partials[q.symbol]).sum() for q in self.trainable}
 
     def configured(
         self, *, trainable: Iterable[str] | None = None, eps: float = 0.0, init: Mapping[str, float]

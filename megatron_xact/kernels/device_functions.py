@@ -2,7 +2,8 @@
 
 A device function takes x (fp32 block), the effective values of up to three parameters in the order of the record
 (fp32 scalars), and EXACT; it returns (f, df/dx, df/dp0, df/dp1, df/dp2). Kernels use what they need of that, and the
-compiler drops the rest: forward pays for f alone. `device_function(record)` finds the one of a record.
+compiler drops the rest: forward pays for f alone. In the place of a derivative that does not exist stands x.
+`device_function(record)` finds the one of a record.
 
 Everything is fp32 and built from exp2, multiplication, addition and division, because that is what a GPU has and what
 Triton's interpreter can check. Nothing is computed as a difference that cancels: expm1(x) - x, erf, atan and the gates'
@@ -182,36 +183,36 @@ def square_right(x, a, b, left, left_slope):
 
 # --- one per function: (x, p0, p1, p2) -> (f, slope, df/dp0, df/dp1, df/dp2) ------------------------------------------
 @triton.jit
-def xielu(x, a_p, a_n, b, EXACT: tl.constexpr):
+def xielu(x, a_p, a_n, b, EXACT: tl.constexpr = False):
     f, slope, d_n = exponential_left(x, a_p, 2.0 * a_p, a_n, b)
     pos = relu(x)
     return f, slope, pos * pos, d_n, x
 
 
 @triton.jit
-def xielu_cubic(x, a_p, a_n, b, EXACT: tl.constexpr):
+def xielu_cubic(x, a_p, a_n, b, EXACT: tl.constexpr = False):
     f, slope, d_n = exponential_left(x, a_p * x, 3.0 * a_p * x, a_n, b)
     pos = relu(x)
     return f, slope, pos * pos * pos, d_n, x
 
 
 @triton.jit
-def xiprelu(x, a_p, a_n, b, EXACT: tl.constexpr):
+def xiprelu(x, a_p, a_n, b, EXACT: tl.constexpr = False):
     a = tl.where(x > 0.0, a_p, a_n)
     pos, neg = relu(x), negative_part(x)
     return x * (a * x + b), 2.0 * a * x + b, pos * pos, neg * neg, x
 
 
 @triton.jit
-def xielu_neg_silu(x, a_p, b, unused, EXACT: tl.constexpr):
+def xielu_neg_silu(x, a_p, b, unused, EXACT: tl.constexpr = False):
     g, dg, _ = sigmoid_gate(x, EXACT)
     left, left_slope = self_gated(x, g, dg)
     f, slope, d_p, d_b = square_right(x, a_p, b, left, left_slope)
-    return f, slope, d_p, d_b, 0.0
+    return f, slope, d_p, d_b, x
 
 
 @triton.jit
-def xielu_neg_xsilu(x, a_p, a, b, EXACT: tl.constexpr):
+def xielu_neg_xsilu(x, a_p, a, b, EXACT: tl.constexpr = False):
     g, dg, odd = sigmoid_gate(x, EXACT)
     left, left_slope, d_a = expanded(x, a, g, dg, odd)
     f, slope, d_p, d_b = square_right(x, a_p, b, left, left_slope)
@@ -219,92 +220,92 @@ def xielu_neg_xsilu(x, a_p, a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
-def xielu_neg_zero(x, a_p, b, unused, EXACT: tl.constexpr):
+def xielu_neg_zero(x, a_p, b, unused, EXACT: tl.constexpr = False):
     f, slope, d_p, d_b = square_right(x, a_p, b, relu(x), 0.0)
-    return f, slope, d_p, d_b, 0.0
+    return f, slope, d_p, d_b, x
 
 
 @triton.jit
-def xsilu(x, a, unused, unused_too, EXACT: tl.constexpr):
+def xsilu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = sigmoid_gate(x, EXACT)
     f, slope, d_a = expanded(x, a, g, dg, odd)
-    return f, slope, d_a, 0.0, 0.0
+    return f, slope, d_a, x, x
 
 
 @triton.jit
-def xgelu(x, a, unused, unused_too, EXACT: tl.constexpr):
+def xgelu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = normal_gate(x, EXACT)
     f, slope, d_a = expanded(x, a, g, dg, odd)
-    return f, slope, d_a, 0.0, 0.0
+    return f, slope, d_a, x, x
 
 
 @triton.jit
-def xatlu(x, a, unused, unused_too, EXACT: tl.constexpr):
+def xatlu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = arctan_gate(x, EXACT)
     f, slope, d_a = expanded(x, a, g, dg, odd)
-    return f, slope, d_a, 0.0, 0.0
+    return f, slope, d_a, x, x
 
 
 @triton.jit
-def xelu(x, a, unused, unused_too, EXACT: tl.constexpr):
+def xelu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     neg = negative_part(x)
     near = neg > -1.0
     rest = neg * neg * expm1_quotient(neg)
     e = exp_of_sum(neg, 0.0, EXACT)
     f = tl.where(x > 0.0, (1.0 + a) * x, (1.0 + 2.0 * a) * tl.where(near, rest + neg, e - 1.0) - a * x)
     d_a = tl.where(x > 0.0, x, tl.where(near, 2.0 * rest + neg, 2.0 * (e - 1.0) - neg))
-    return f, (1.0 + 2.0 * a) * e - a, d_a, 0.0, 0.0
+    return f, (1.0 + 2.0 * a) * e - a, d_a, x, x
 
 
 @triton.jit
-def expanded_sigmoid(x, a, unused, unused_too, EXACT: tl.constexpr):
+def expanded_sigmoid(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = sigmoid_gate(x, EXACT)
-    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, x, x
 
 
 @triton.jit
-def expanded_normal(x, a, unused, unused_too, EXACT: tl.constexpr):
+def expanded_normal(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = normal_gate(x, EXACT)
-    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, x, x
 
 
 @triton.jit
-def expanded_arctan(x, a, unused, unused_too, EXACT: tl.constexpr):
+def expanded_arctan(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     g, dg, odd = arctan_gate(x, EXACT)
-    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, 0.0, 0.0
+    return g * (1.0 + 2.0 * a) - a, dg * (1.0 + 2.0 * a), odd, x, x
 
 
 @triton.jit
-def rectified(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
-    return relu(x), tl.where(x > 0.0, 1.0, 0.0), 0.0, 0.0, 0.0
+def rectified(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
+    return relu(x), tl.where(x > 0.0, 1.0, 0.0), x, x, x
 
 
 @triton.jit
-def rectified_square(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+def rectified_square(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
     pos = relu(x)
-    return pos * pos, 2.0 * pos, 0.0, 0.0, 0.0
+    return pos * pos, 2.0 * pos, x, x, x
 
 
 @triton.jit
-def silu(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+def silu(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
     g, dg, _ = sigmoid_gate(x, EXACT)
     f, slope = self_gated(x, g, dg)
-    return f, slope, 0.0, 0.0, 0.0
+    return f, slope, x, x, x
 
 
 @triton.jit
-def gelu(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+def gelu(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
     g, dg, _ = normal_gate(x, EXACT)
     f, slope = self_gated(x, g, dg)
-    return f, slope, 0.0, 0.0, 0.0
+    return f, slope, x, x, x
 
 
 @triton.jit
-def gelu_tanh(x, unused, unused_too, unused_either, EXACT: tl.constexpr):
+def gelu_tanh(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
     v = x * x
     g, dg, _ = sigmoid_gate(x * (1.5957691216057308 + 0.07135481627260025 * v), EXACT)  # 2 sqrt(2/pi) (1, 0.044715)
     f, slope = self_gated(x, g, dg * (1.5957691216057308 + 0.21406444881780074 * v))
-    return f, slope, 0.0, 0.0, 0.0
+    return f, slope, x, x, x
 
 
 # The gated linear units apply one of these to the gate half, so functions are found by the record's maths.

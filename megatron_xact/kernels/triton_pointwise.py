@@ -11,7 +11,6 @@ Shape suffixes: R = rows, C = columns of y, W = columns of x (C, or 2C where gat
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -21,8 +20,19 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
-from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_function
 from megatron_xact.kernels.reference import Backward
+from megatron_xact.kernels.triton_launch import (
+    constants,
+    contiguous,
+    device_of,
+    load_biased,
+    load_parameters,
+    serves,
+    slots,
+    store_partial_sums,
+)
+
+__all__ = ["backward", "forward", "serves"]
 
 # Elements of y per program. Chosen from machine code for sm_80 and sm_90 (no spills, at least two programs per
 # multiprocessor), not yet on a GPU: where backward holds more than x and dy, half the elements fit the registers.
@@ -45,26 +55,6 @@ def _tile(rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, bias_ptr, bias_offset, offset, column, mask, columns):
-    x = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + bias_offset + column, mask=column < columns, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _parameters(p0, p1, p2, LEARNED: tl.constexpr):
-    """A learned parameter comes as a pointer to one fp32, a fixed one as a number."""
-    if LEARNED & 1:
-        p0 = tl.load(p0)
-    if LEARNED & 2:
-        p1 = tl.load(p1)
-    if LEARNED & 4:
-        p2 = tl.load(p2)
-    return p0, p1, p2
-
-
-@triton.jit
 def forward_kernel(
     x_ptr, y_ptr, bias_ptr, scale_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
@@ -72,14 +62,14 @@ def forward_kernel(
 ):  # fmt: skip
     """y_RC = scale_R act(x_RW + bias_W). bias_ptr and scale_ptr may be None."""
     EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
-    p0, p1, p2 = _parameters(p0, p1, p2, LEARNED)
+    p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row, column, _, _ = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     mask = (row < rows) & (column < columns)
     x_offset = row * (columns * (2 if GATED else 1)) + column
-    x = _load(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    x = load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
     y, _, _, _, _ = FUNCTION(x, p0, p1, p2, EXACT)
     if GATED:
-        y *= _load(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+        y *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -96,18 +86,18 @@ def backward_kernel(
     dp_ptr [learned parameters, programs], dbias_ptr [row blocks, W], dscale_ptr [R, column blocks].
     """
     EXACT: tl.constexpr = dx_ptr.dtype.element_ty == tl.float32
-    p0, p1, p2 = _parameters(p0, p1, p2, LEARNED)
+    p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row, column, row_block, column_block = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     mask = (row < rows) & (column < columns)
     width = columns * (2 if GATED else 1)
     x_offset, y_offset = row * width + column, row * columns + column
-    x = _load(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    x = load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
     dy = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(tl.float32)
     f, slope, d0, d1, d2 = FUNCTION(x, p0, p1, p2, EXACT)
     y = f
     df = dy  # gradient of y = f(x) up scale, by f
     if GATED:
-        up = _load(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+        up = load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
         y = f * up
     if dscale_ptr is not None:
         column_blocks = tl.cdiv(columns, TILE_COLUMNS)
@@ -130,19 +120,7 @@ def backward_kernel(
         if GATED:
             tl.store(dbias_ptr + dbias_offset + columns, tl.sum(dup, 0)[None, :], mask=column < columns)
     # a tile's padding has dy = 0, so it adds nothing
-    dp_ptr += tl.program_id(0)
-    if LEARNED & 1:
-        tl.store(dp_ptr, tl.sum(df * d0))
-    if LEARNED & 2:
-        tl.store(dp_ptr + (LEARNED & 1) * tl.num_programs(0), tl.sum(df * d1))
-    if LEARNED & 4:
-        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * tl.num_programs(0), tl.sum(df * d2))
-
-
-def serves(activation: Activation, x: Tensor) -> bool:
-    """Has this activation a kernel for x's dtype? fp64 has none, nor has a record with eps (the bits of eager code)."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return x.dtype in dtypes and not activation.eps and device_function(activation) is not None
+    store_partial_sums(dp_ptr, df, d0, d1, d2, LEARNED)
 
 
 def forward(
@@ -153,8 +131,8 @@ def forward(
     y = x.new_empty(_output_shape(activation, x))
     if y.numel():
         grid, options = _launch(activation, p, rows, columns, TILE)
-        with _device_of(x):
-            forward_kernel[grid](x, y, _contiguous(bias), _contiguous(scale), *_slots(activation, p), rows, columns,
+        with device_of(x):
+            forward_kernel[grid](x, y, contiguous(bias), contiguous(scale), *slots(activation, p), rows, columns,
                                  **options)  # fmt: skip
     return y
 
@@ -183,10 +161,10 @@ def backward(
     dbias = partial_sums(triton.cdiv(rows, options["TILE_ROWS"]), x.shape[-1]) if bias is not None else None
     dscale = partial_sums(rows, column_blocks) if scale is not None else None
     if x.numel():
-        with _device_of(x):
+        with device_of(x):
             backward_kernel[grid](
-                dy.contiguous(), x, dx, y, _contiguous(bias), dbias, _contiguous(scale), dscale, dp,
-                *_slots(activation, p), rows, columns, **options,
+                dy.contiguous(), x, dx, y, contiguous(bias), dbias, contiguous(scale), dscale, dp,
+                *slots(activation, p), rows, columns, **options,
             )  # fmt: skip
     # torch.sum has a fixed order for a given shape; each of these is 1/4096 to 1/32 of the data
     return Backward(
@@ -217,15 +195,10 @@ def _launch(activation: Activation, p: Values, rows: int, columns: int, tile: in
     """Grid and compile-time arguments."""
     tile_columns = tile if rows == 1 else _tile_columns(columns)
     tile_rows = tile // tile_columns
-    learned = sum(1 << i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor))
-    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),), {
-        "FUNCTION": device_function(activation),
-        "GATED": activation.gated,
-        "LEARNED": learned,
+    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),), constants(activation, p) | {
         "TILE_ROWS": tile_rows,
         "TILE_COLUMNS": tile_columns,
         "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,  # Triton means to change its default
     }
 
 
@@ -234,17 +207,3 @@ def _tile_columns(columns: int) -> int:
     divisor = columns & -columns  # the largest power of two in it
     fit = divisor if divisor >= MIN_TILE_COLUMNS else triton.next_power_of_2(max(columns, 1))
     return min(fit, MAX_TILE_COLUMNS)
-
-
-def _slots(activation: Activation, p: Values) -> list[Tensor | float]:
-    values = [p[q.symbol] for q in activation.parameters]
-    tensors = [v.to(torch.float32) if isinstance(v, Tensor) else v for v in values]
-    return tensors + [0.0] * (MAX_PARAMETERS - len(values))
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _device_of(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()  # Triton's interpreter: CPU

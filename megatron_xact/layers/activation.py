@@ -31,10 +31,10 @@ class TrainableActivation(torch.nn.Module):
         for name, raw in activation.initial_raw().items():
             self.register_parameter(name, torch.nn.Parameter(torch.full((1,), raw, dtype=torch.float32)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s, b, F/tp] (gated: [s, b, 2 F/tp], gate half first) -> [s, b, F/tp]."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [s, b, F/tp] (gated: [s, b, 2 F/tp], gate half first), bias: x's last dimension -> [s, b, F/tp]."""
         p = self.activation.effective(dict(self.named_parameters()))
-        return apply_activation(self.activation, x, sum_gradients_over_tensor_parallel(p, self.tp_group))
+        return apply_activation(self.activation, x, sum_gradients_over_tensor_parallel(p, self.tp_group), bias=bias)
 
     @torch.no_grad()
     def effective_values(self) -> dict[str, float]:

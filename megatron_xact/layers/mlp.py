@@ -37,9 +37,7 @@ class ActivationMLP(MLP):
         """hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism) -> the same shape, and fc2's bias."""
         assert per_token_scale is None, "experts are refused by the layer spec"
         preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
-        if bias is not None:
-            preact = preact + bias
-        postact = self.activation_func(preact)  # [s, b, F/tp]
+        postact = self.activation_func(preact, bias)  # [s, b, F/tp]
         return apply_module(self.linear_fc2)(postact)
 
     @classmethod

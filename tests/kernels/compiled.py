@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from megatron_xact import activations
 from megatron_xact.kernels import triton_pointwise
+from megatron_xact.kernels.device_functions import MAX_PARAMETERS
 from megatron_xact.kernels.triton_pointwise import backward_kernel, forward_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -111,22 +112,33 @@ def compile_kernel(
         "rows": "i32" if rows > 1 else None,
         "columns": "i32",
     }
-    for i in range(triton_pointwise.MAX_PARAMETERS):
-        given[f"p{i}"] = "*fp32" if constants["LEARNED"] >> i & 1 else "fp32"
+    given |= parameters(constants["LEARNED"])
+    return compiled(kernel, given, constants | {"rows": 1}, arch, tile // (32 * constants["num_warps"]), divisible)
+
+
+def parameters(learned: int) -> dict[str, str]:
+    """Types of p0, p1, p2 where the bits of `learned` say which are on the device."""
+    return {f"p{i}": "*fp32" if learned >> i & 1 else "fp32" for i in range(MAX_PARAMETERS)}
+
+
+def compiled(
+    kernel: triton.JITFunction, given: dict, constants: dict, arch: int, elements: int, divisible: bool = True
+) -> Binary:
+    """given: argument -> its type, None for a pointer that is None; constants: compile-time values and options."""
     signature, values, hints = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         signature[argument] = given.get(argument) or "constexpr"
         if signature[argument] == "constexpr":
-            values[argument] = 1 if argument == "rows" else constants.get(argument)
+            values[argument] = constants.get(argument)
         elif divisible and signature[argument] != "fp32":
             hints[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    binary = triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", arch, 32),
         options={key: value for key, value in constants.items() if key not in kernel.arg_names},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         dumps = [
             subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True)
@@ -137,7 +149,7 @@ def compile_kernel(
     return Binary(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=binary.metadata.shared,
         instructions=Counter(opcodes),
-        elements=tile // (32 * constants["num_warps"]),
+        elements=elements,
     )

@@ -113,12 +113,13 @@ def test_strided_inputs():
 def test_bf16_inputs_are_read_exactly():
     """Into an fp32 y, since only the rounding to bf16 cannot be tested here."""
     from megatron_xact.kernels import triton_pointwise as kernels
+    from megatron_xact.kernels.triton_launch import slots
 
     record = activations.get("xielu")
     x, _, _, _, p = inputs(record, (4097,), torch.bfloat16)
     y = torch.empty(x.shape)
     grid, options = kernels._launch(record, p, 1, x.numel(), kernels.TILE)
-    kernels.forward_kernel[grid](x, y, None, None, *kernels._slots(record, p), 1, x.numel(), **options)
+    kernels.forward_kernel[grid](x, y, None, None, *slots(record, p), 1, x.numel(), **options)
     truth = record.value(x.double(), {s: v.double() if isinstance(v, torch.Tensor) else v for s, v in p.items()})
     assert_close("y", y, truth)
 

@@ -161,3 +161,57 @@ def memory(context: Context, data: dict) -> str:
     if peak > 1.02 * 4 * 2 * n:
         raise Failure(f"peak {peak:,} B is over 1.02 x the {8 * n:,} B of x, y, dy and dx")
     return f"peak {peak / (8 * n):.4f} x (x, y, dy, dx)"
+
+
+def quantized(context: Context, data: dict) -> str:
+    """FP8 forward and backward, every activation and way to scale, against fp64: the hardware's rounding included."""
+    from megatron_xact.kernels import fp8, reference
+
+    if context.device.type == "cuda" and torch.cuda.get_device_capability(context.device) < (8, 9):
+        raise Skip("this GPU has no FP8")
+    rows, columns = (256, 384) if context.quick else (1111 * 4, 1664)
+    data["worst"] = worst = {}
+    for name in activations.names():
+        record = activations.get(name)
+        x = (3 * context.randn(rows, columns * (1 + record.gated))).to(torch.bfloat16)
+        dy = context.randn(rows, columns, seed=1).to(torch.bfloat16)
+        bias = context.randn(x.shape[-1], seed=2)
+        p = context.parameters(record)
+        true = reference.backward(
+            record, x.double(), context.parameters(record, torch.float64), dy.double(), bias.double(), emit_y=True
+        )
+        for dtype in fp8.DTYPES:
+            amax = fp8.forward_amax(record, x, p, bias), fp8.backward_amax(record, x, p, dy, bias)
+            current = [fp8.PerTensor(fp8.factor(a, dtype)) for a in amax]
+            ways = {"blockwise": [fp8.Blockwise()] * 2, "any blockwise": [fp8.Blockwise(False)] * 2, "tensor": current}
+            for way, scalings in ways.items():
+                y = fp8.forward(record, x, p, scalings[0], dtype, bias=bias)
+                back = fp8.backward(record, x, p, dy, scalings[1], dtype, bias=bias)
+                found = max(_steps_off(y, true.y, dtype), _steps_off(back.dx, true.dx, dtype))
+                worst[f"{name} {way} {dtype}"] = found
+                for symbol, value in back.parameters.items():
+                    magnitude = true.parameters[symbol].abs() + 1.0
+                    if (value.double() - true.parameters[symbol]).abs() > 1e-4 * magnitude:
+                        raise Failure(f"{name}: d {symbol} = {value.item()}, not {true.parameters[symbol].item()}")
+    over = [f"{label}: {steps:.3f} steps" for label, steps in worst.items() if steps > 0.51]
+    if over:
+        raise Failure(f"{len(over)} round further than half a step, e.g. " + "; ".join(over[:4]))
+    return f"{len(worst)} results within {max(worst.values()):.3f} steps of FP8 (0.5: correct rounding)"
+
+
+def _steps_off(q, true: torch.Tensor, dtype: torch.dtype) -> float:
+    """Largest error of both copies over the distance of FP8 numbers there; 1e-5 of the largest value is free."""
+    bits, smallest = {torch.float8_e4m3fn: (3, -6), torch.float8_e5m2: (2, -14)}[dtype]
+    found = 0.0
+    for values, scale_inv, exact in (
+        (q.rows_RC, q.row_scale_inv, true),
+        (q.columns_CR, q.column_scale_inv, true.T),
+    ):
+        if scale_inv.numel() > 1:  # [blocks, rows padded] -> a factor for every value
+            scale_inv = scale_inv[:, : exact.shape[0]].T.repeat_interleave(128, 1)[:, : exact.shape[1]]
+        scale_inv = scale_inv.double()
+        exponent = torch.log2((exact / scale_inv).abs()).floor().clamp(min=smallest)
+        step = torch.exp2(exponent - bits) * scale_inv
+        error = (values.double() * scale_inv - exact).abs() - 1e-5 * exact.abs().max()
+        found = max(found, (error / step).max().item())
+    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 
 import torch
 
 from megatron_xact import activations
+from megatron_xact.activations import Activation
 from megatron_xact.kernels import benchmark
 from megatron_xact.kernels.benchmark import BACKWARD, FORWARD, Measurement
-from tools.gpu.context import Context, Failure
+from tools.gpu.context import Context, Failure, Skip
 
 # Of the measured copy bandwidth at M = 16384, F = 12288, bf16 on an H200; and beside others.
 TARGETS = {FORWARD: 0.92, BACKWARD: 0.90}
@@ -98,3 +100,55 @@ def _others(data: dict):
             yield name, contender, make()
         except (ImportError, AttributeError, OSError) as error:
             absent[f"{contender} {name}"] = f"{type(error).__name__}: {error}"
+
+
+def quantized(context: Context, data: dict) -> str:
+    """Activation and quantization in one pass, beside ours to bf16 alone and TransformerEngine's two passes."""
+    if context.device.type == "cuda" and torch.cuda.get_device_capability(context.device) < (8, 9):
+        raise Skip("this GPU has no FP8")
+    tokens, columns = (256, 768) if context.quick else (TOKENS, 12288)
+    ceiling = data["copy_bytes_per_second"] = _ceiling(context)
+    data["seconds"] = seconds = {}
+    for name in ("xielu", "relu2", "xsilu_glu2", "swiglu"):
+        record = activations.get(name)
+        for label, call in _ways_to_fp8(context, record, tokens, columns, data).items():
+            seconds[f"{name} {label}"] = benchmark.clock(call, context.device, 30)
+    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    ideal = {"forward": 4, "backward": 6}  # bytes per element, ungated: bf16 in, FP8 out twice
+    told = []
+    for label, median in medians.items():
+        print(f"{label:44}{median * 1e3:9.3f} ms", flush=True)
+        words = label.split()
+        if words[0] == "xielu" and words[1] in ideal:
+            share = ideal[words[1]] * tokens * columns / median / ceiling
+            told.append(f"{' '.join(words[1:])} {share:.1%}")
+    return "xielu, of copy bandwidth: " + ", ".join(told)
+
+
+def _ways_to_fp8(context: Context, record: Activation, tokens: int, columns: int, data: dict) -> dict:
+    """Label -> call: to bf16 alone; in one pass; to bf16 and then TransformerEngine's quantization, if it is there."""
+    from megatron_xact.kernels import fp8
+
+    p = context.parameters(record)
+    x = context.randn(tokens, columns * (1 + record.gated), dtype=torch.bfloat16)
+    dy = context.randn(tokens, columns, seed=1, dtype=torch.bfloat16)
+    given = fp8.PerTensor(torch.ones(1, device=context.device))
+    ways = {
+        "bf16 forward": lambda: context.backend.forward(record, x, p),
+        "bf16 backward": lambda: context.backend.backward(record, x, p, dy),
+        "forward per tensor": lambda: fp8.forward(record, x, p, given),
+        "backward per tensor": lambda: fp8.backward(record, x, p, dy, given),
+        "forward blockwise": lambda: fp8.forward(record, x, p, fp8.Blockwise()),
+        "backward blockwise": lambda: fp8.backward(record, x, p, dy, fp8.Blockwise()),
+    }
+    try:
+        import transformer_engine_torch as tex
+        from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+    except (ImportError, OSError) as error:
+        data["absent"] = f"transformer-engine: {type(error).__name__}: {error}"
+        return ways
+    quantizer = Float8BlockQuantizer(tex.DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=1)
+    return ways | {
+        "two passes forward blockwise": lambda: quantizer(context.backend.forward(record, x, p)),
+        "two passes backward blockwise": lambda: quantizer(context.backend.backward(record, x, p, dy).dx),
+    }

@@ -1,0 +1,78 @@
+"""What every Triton kernel of an activation is launched with: its device function, its parameters, its operands."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_function
+
+
+@triton.jit
+def load_biased(pointer, bias_ptr, bias_offset, offset, column, mask, columns):
+    """x + bias in fp32, 0 where masked; bias_ptr may be None, `column` is the place in it from bias_offset on."""
+    x = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + bias_offset + column, mask=column < columns, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_parameters(p0, p1, p2, LEARNED: tl.constexpr):
+    """A learned parameter comes as a pointer to one fp32, a fixed one as a number."""
+    if LEARNED & 1:
+        p0 = tl.load(p0)
+    if LEARNED & 2:
+        p1 = tl.load(p1)
+    if LEARNED & 4:
+        p2 = tl.load(p2)
+    return p0, p1, p2
+
+
+@triton.jit
+def store_partial_sums(dp_ptr, df, d0, d1, d2, LEARNED: tl.constexpr):
+    """This program's sums of df times a parameter's derivative, to dp_ptr [learned parameters, programs]."""
+    dp_ptr += tl.program_id(0)
+    if LEARNED & 1:
+        tl.store(dp_ptr, tl.sum(df * d0))
+    if LEARNED & 2:
+        tl.store(dp_ptr + (LEARNED & 1) * tl.num_programs(0), tl.sum(df * d1))
+    if LEARNED & 4:
+        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * tl.num_programs(0), tl.sum(df * d2))
+
+
+def serves(activation: Activation, x: Tensor) -> bool:
+    """Has this activation a kernel for x's dtype? fp64 has none, nor has a record with eps (the bits of eager code)."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return x.dtype in dtypes and not activation.eps and device_function(activation) is not None
+
+
+def constants(activation: Activation, p: Values) -> dict:
+    """Compile-time arguments and options that follow from the activation and which of its parameters are tensors."""
+    return {
+        "FUNCTION": device_function(activation),
+        "GATED": activation.gated,
+        "LEARNED": sum(1 << i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor)),
+        "enable_fp_fusion": True,  # Triton means to change its default
+    }
+
+
+def slots(activation: Activation, p: Values) -> list[Tensor | float]:
+    """The arguments p0, p1, p2: a learned parameter as one fp32 on the device, a fixed one as a number."""
+    values = [p[q.symbol] for q in activation.parameters]
+    tensors = [v.to(torch.float32) if isinstance(v, Tensor) else v for v in values]
+    return tensors + [0.0] * (MAX_PARAMETERS - len(values))
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def device_of(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()  # Triton's interpreter: CPU
