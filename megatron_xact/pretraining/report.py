@@ -1,6 +1,6 @@
-"""What a run came to: a loss plot, an alpha plot, and the validation perplexity beside a unigram model's.
+"""What a run came to, read from its folder: losses and other curves, alphas, statistics of the activations.
 
-Reads only what the run wrote (Megatron's TensorBoard events, our JSONL files, the data's manifest), so it can be made
+Reads only what the run wrote (Megatron's TensorBoard events, our JSONL files, the resolved config), so it can be done
 again at any time, of a run that is finished, running or broken off.
 """
 
@@ -9,21 +9,43 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-Curve = list[tuple[int, float]]
+from megatron_xact.activations import Activation
+from megatron_xact.pretraining import config
+
+Curve = list[tuple[int, float]]  # (step, value)
+ByLayer = list[tuple[int, dict[int, dict[str, float]]]]  # (step, layer from 1 -> name -> value; nan where undefined)
+
+FILES = {
+    "progress.jsonl": "loss and speed",
+    "alphas.jsonl": "the activation's parameters by layer (telemetry-interval in [xact])",
+    "statistics.jsonl": "sparsity and outliers by layer (statistics-interval in [xact])",
+}
+# What Megatron logs too: its tag, for runs that have it only there.
+_TAGS = {"learning_rate": "learning-rate", "grad_norm": "grad-norm"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Losses in nats per token; None where the run has not measured it."""
+    """Losses in nats per token; None, or empty, where the run has not measured it."""
 
+    name: str
     loss: Curve
     validation: Curve
-    speeds: list[float]  # tokens per second, each since the record before
-    alphas: list[tuple[int, dict[int, dict[str, float]]]]  # (step, layer -> parameter -> effective value)
+    progress: dict[str, Curve]  # the other numbers of progress.jsonl by their names there; speeds without zeros
+    alphas: ByLayer  # effective values by parameter
+    statistics: ByLayer  # by names in pretraining.statistics.STATISTICS
+    activation: Activation | None  # with its initial values
     unigram_loss: float | None
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens per second, each since the record before."""
+        return [speed for _, speed in self.progress.get("tokens_per_second", [])]
 
     @property
     def validation_perplexity(self) -> float | None:
@@ -35,20 +57,29 @@ class Report:
 
 
 def read(run: Path, unigram_loss: float | None = None) -> Report:
-    """The report of the run in folder `run`. Where a resumed run repeats a step, its later record counts."""
-    alphas = {record["step"]: record["alphas"] for record in _records(run / "alphas.jsonl")}
-    progress = _records(run / "progress.jsonl")
+    """The report of the run in folder `run`. Where a resumed run repeats steps, what it left behind does not count."""
+    progress = _latest(_records(run / "progress.jsonl"))
+    names = dict.fromkeys(name for record in progress for name in record)
+    curves = {name: [(r["step"], r[name]) for r in progress if r.get(name) is not None] for name in names}
+    speeds = curves.pop("tokens_per_second", [])
+    others = {"tokens_per_second": [(step, speed) for step, speed in speeds if speed]} | curves
+    tensorboard = _tensorboard_scalars(run / "tensorboard", ["lm loss validation", *_TAGS.values()])
+    for name, tag in _TAGS.items():
+        others.setdefault(name, tensorboard[tag])
     return Report(
-        loss=sorted({record["step"]: record["loss"] for record in progress}.items()),
-        speeds=[record["tokens_per_second"] for record in progress if record["tokens_per_second"]],
-        validation=_tensorboard_scalar(run / "tensorboard", "lm loss validation"),
-        alphas=[(step, {int(layer): v for layer, v in layers.items()}) for step, layers in sorted(alphas.items())],
-        unigram_loss=unigram_loss,
+        name=run.resolve().name,
+        loss=others.pop("loss", []),
+        validation=tensorboard["lm loss validation"],
+        progress={name: curve for name, curve in others.items() if curve and name not in ("step", "time")},
+        alphas=_by_layer(run / "alphas.jsonl", "alphas"),
+        statistics=_by_layer(run / "statistics.jsonl", "statistics"),
+        activation=_activation(run / "config.toml"),
+        unigram_loss=unigram_loss if unigram_loss is not None else _unigram_loss(run / "report.json"),
     )
 
 
 def figures(report: Report) -> dict[str, object]:
-    """The run in numbers, for report.json: losses in nats per token, effective alphas by layer."""
+    """The run in numbers, for report.json: losses in nats per token, alphas, the range of statistics over layers."""
     return {
         "step": report.loss[-1][0],
         "training_loss": report.loss[-1][1],
@@ -57,6 +88,7 @@ def figures(report: Report) -> dict[str, object]:
         "unigram_perplexity": report.unigram_perplexity,
         "tokens_per_second": statistics.median(report.speeds) if report.speeds else None,
         "alphas": report.alphas[-1][1] if report.alphas else {},
+        "statistics": _over_layers(*report.statistics[-1]) if report.statistics else {},
     }
 
 
@@ -72,63 +104,78 @@ def summary(report: Report) -> str:
     return "\n".join(lines) or "nothing measured yet"
 
 
-def _records(path: Path) -> list[dict]:
+def _over_layers(step: int, layers: dict[int, dict[str, float]]) -> dict[str, object]:
+    """{"step": its step, statistic: {"min", "median", "max"} over the layers that have it}."""
+    told: dict[str, object] = {"step": step}
+    for name in dict.fromkeys(name for values in layers.values() for name in values):
+        values = [v[name] for v in layers.values() if math.isfinite(v[name])]
+        if values:
+            told[name] = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return told
+
+
+def _records(path: Path) -> Iterator[dict]:
+    """The whole records of a JSONL file. A killed run leaves half a line, and a resumed one goes on right behind it."""
     if not path.exists():
-        return []
-    with open(path) as file:  # a killed run may leave half a last line
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        return
+    with open(path) as file:
+        for line in file:
+            start = line.rfind('{"step":')  # how every record begins, and nothing inside one
+            if start >= 0 and line.endswith("\n"):
+                try:
+                    yield json.loads(line[start:])
+                except ValueError:
+                    continue
 
 
-def _tensorboard_scalar(folder: Path, tag: str) -> Curve:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not folder.is_dir():
-        return []
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    return sorted({event.step: event.value for event in events.Scalars(tag)}.items())
+def _latest(records: Iterable[dict]) -> list[dict]:
+    """The records by ascending step, without those of steps that were run again: what follows them counts."""
+    kept: list[dict] = []
+    for record in records:
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
 
 
-def plot(report: Report, folder: Path) -> list[Path]:
-    """Write loss.png and alphas.png (where there are alphas) into `folder`; returns their paths."""
-    import matplotlib
+def _by_layer(path: Path, key: str) -> ByLayer:
+    def numbers(values: dict) -> dict[str, float]:
+        return {name: math.nan if value is None else value for name, value in values.items()}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    return [
+        (record["step"], {int(layer): numbers(values) for layer, values in record[key].items()})
+        for record in _latest(_records(path))
+    ]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "loss.png"]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(*zip(*report.loss, strict=True), lw=1, color="tab:blue", label="training")
-    if report.validation:
-        axes.plot(*zip(*report.validation, strict=True), "o-", color="tab:orange", label="validation")
-    if report.unigram_loss is not None:
-        axes.axhline(report.unigram_loss, ls="--", color="gray", label="unigram model, validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Language-model loss")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(written[0], dpi=130)
-    plt.close(figure)
 
-    if report.alphas:
-        written.append(folder / "alphas.png")
-        steps = [step for step, _ in report.alphas]
-        layers = list(report.alphas[0][1])
-        names = list(report.alphas[0][1][layers[0]])
-        figure, panels = plt.subplots(
-            1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False
-        )
-        colours = plt.get_cmap("viridis")
-        for axes, name in zip(panels[0], names, strict=True):
-            for i, layer in enumerate(layers):
-                values = [alphas[layer][name] for _, alphas in report.alphas]
-                colour = colours(i / max(1, len(layers) - 1))
-                axes.plot(steps, values, lw=1.5, color=colour, label=f"layer {layer}")
-            axes.set(xlabel="step", ylabel=f"{name} (effective)", title=name)
-            axes.grid(alpha=0.3)
-        panels[0][-1].legend(fontsize="small", ncols=1 + len(layers) // 12)
-        figure.savefig(written[1], dpi=130)
-        plt.close(figure)
-    return written
+def _activation(path: Path) -> Activation | None:
+    return config.load_activation(path).record() if path.exists() else None
+
+
+def _unigram_loss(path: Path) -> float | None:
+    """As the run itself measured it at its end."""
+    perplexity = json.loads(path.read_text()).get("unigram_perplexity") if path.exists() else None
+    return math.log(perplexity) if perplexity else None
+
+
+def _tensorboard_scalars(folder: Path, tags: list[str]) -> dict[str, Curve]:
+    """Of Megatron's event files, each a sequence of [length u64, its crc u32, event, crc u32].
+
+    TensorBoard's own reader parses every event, which takes half a minute where alphas were logged for 60,000 steps.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    found: dict[str, list[dict]] = {tag: [] for tag in tags}
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # the name goes on with the time of the start
+        data, at = path.read_bytes(), 0
+        while at + 12 <= len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            at += 12 + size + 4
+            raw = data[at - 4 - size : at - 4]
+            if at > len(data) or not any(tag.encode() in raw for tag in tags):
+                continue
+            event = Event.FromString(raw)
+            for value in event.summary.value:
+                if value.tag in found:
+                    found[value.tag].append({"step": event.step, "value": value.simple_value})
+    return {tag: [(r["step"], r["value"]) for r in _latest(records)] for tag, records in found.items()}

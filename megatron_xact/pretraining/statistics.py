@@ -1,0 +1,180 @@
+"""Sparsity and outliers of every MLP's pre- and post-activations, over one whole microbatch of the unsharded model.
+
+Instead of keeping activations, forward hooks reduce them to a few sums on the device while the chosen microbatch runs,
+and are gone before its backward pass, so recomputed activations are not seen twice and other steps cost nothing. The
+hooks only read: a run has the same bits with and without them.
+
+The pre-activation is what the activation function gets: fc1's output with its bias; of a gated one, the gate half. A
+unit is a column of the post-activation (an input of fc2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+
+Statistics = dict[int, dict[str, float]]  # layer (from 1) -> name in STATISTICS -> value; nan where undefined
+
+NEAR_ZERO = 2.0**-9
+"""A post-activation is near zero up to this share of its layer's RMS. 2^-9 is bf16's rounding error: such a value adds
+less to fc2's sum than is lost by rounding a typical value of that layer, so a kernel that skips it loses nothing."""
+
+BLOCK = 2**20
+"""Elements that are looked at together; bounds the memory of a measurement to some tens of MB at any model size."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    label: str
+    fraction: bool = False  # of all elements or units; otherwise a magnitude
+
+
+STATISTICS = {
+    "preact_negative": Statistic("pre-activations < 0", fraction=True),
+    "preact_negative_slope": Statistic("pre-activations where f' < 0", fraction=True),
+    "preact_rms": Statistic("RMS of pre-activations"),
+    "preact_max": Statistic("largest |pre-activation|"),
+    "postact_zero": Statistic("post-activations exactly 0", fraction=True),
+    "postact_near_zero": Statistic(f"|post-activation| ≤ RMS/{1 / NEAR_ZERO:.0f}", fraction=True),
+    "postact_dead": Statistic(f"units ≤ RMS/{1 / NEAR_ZERO:.0f} at every token", fraction=True),
+    "postact_rms": Statistic("RMS of post-activations"),
+    "postact_max": Statistic("largest |post-activation|"),
+    "postact_max_over_rms": Statistic("largest |post-activation| / RMS"),
+    "postact_kurtosis": Statistic("kurtosis E y⁴ / (E y²)²"),
+}
+
+
+class ActivationModule(Protocol):
+    """What is measured: `layers.activation.TrainableActivation`, called with (x) or (x, bias)."""
+
+    activation: Activation
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def register_forward_hook(self, hook): ...
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """One layer, fp64, on its device. `whole` is of the unsharded layer, the others are this rank's part of it."""
+
+    whole: Tensor  # [x < 0, f'(x) < 0, x^2, y == 0, y^2, y^4, number of elements], sums
+    counts: Tensor  # [|y| near zero, dead units, units], sums
+    largest: Tensor  # [|x|, |y|], maxima
+
+
+class Probe:
+    """Measures the layers it watches, once each, and hands the numbers over with `take`.
+
+    whole: the ranks that share a microbatch's layer, tensor- times context-parallel. tokens: those among them with the
+    same units and other tokens, context-parallel.
+    """
+
+    def __init__(self, whole: ProcessGroup, tokens: ProcessGroup):
+        self._whole = whole
+        self._tokens = tokens
+        self._partials: dict[int, _Partial] = {}
+
+    @contextlib.contextmanager
+    def watching(self, layers: Mapping[int, ActivationModule]) -> Iterator[None]:
+        """Layers by number whose next forward pass is measured; not those measured since the last `take`.
+
+        Every rank of `whole` runs the same layers meanwhile: each is one small all-reduce between them.
+        """
+        hooks = [
+            module.register_forward_hook(partial(self._measure, number), with_kwargs=True)
+            for number, module in layers.items()
+            if number not in self._partials
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def take(self) -> Statistics:
+        """Statistics of the measured layers of this pipeline stage, on every rank of `whole`, whose collective it is.
+
+        The only moment when the host waits for the device, once for all layers.
+        """
+        numbers, partials = sorted(self._partials), self._partials
+        self._partials = {}
+        if not numbers:
+            return {}
+        whole = torch.stack([partials[n].whole for n in numbers])
+        counts = _reduced(torch.stack([partials[n].counts for n in numbers]), ReduceOp.SUM, self._whole)
+        largest = _reduced(torch.stack([partials[n].largest for n in numbers]), ReduceOp.MAX, self._whole)
+        negative, negative_slope, x2, zero, y2, y4, elements = whole.unbind(1)
+        near_zero, dead, units = counts.unbind(1)
+        max_x, max_y = largest.unbind(1)
+        rms = (y2 / elements).sqrt()
+        columns = {
+            "preact_negative": negative / elements,
+            "preact_negative_slope": negative_slope / elements,
+            "preact_rms": (x2 / elements).sqrt(),
+            "preact_max": max_x,
+            "postact_zero": zero / elements,
+            "postact_near_zero": near_zero / elements,
+            "postact_dead": dead / units,
+            "postact_rms": rms,
+            "postact_max": max_y,
+            "postact_max_over_rms": max_y / rms,
+            "postact_kurtosis": y4 * elements / y2.square(),
+        }
+        assert columns.keys() == STATISTICS.keys()
+        rows = torch.stack([columns[name] for name in STATISTICS], dim=1).tolist()
+        return {number: dict(zip(STATISTICS, row, strict=True)) for number, row in zip(numbers, rows, strict=True)}
+
+    @torch.no_grad()
+    def _measure(self, number: int, module: ActivationModule, args: tuple, kwargs: dict, y: Tensor) -> None:
+        if y.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # inside a CUDA graph this would run at every replay
+        p = module.activation.effective(dict(module.named_parameters()))
+        self._partials[number] = self._partial(module.activation, p, y, *args, **kwargs)
+
+    def _partial(self, activation: Activation, p: Values, y: Tensor, x: Tensor, bias: Tensor | None = None) -> _Partial:
+        """y: [..., F/tp]; x: [..., F/tp] (gated: [gate, up]) and bias, x's last dimension, are the module's inputs."""
+        width = y.shape[-1]  # of a gated x, the gate half comes first
+        x, y = x.reshape(-1, x.shape[-1])[:, :width], y.reshape(-1, width)
+        rows = max(1, BLOCK // width)
+        wide = torch.promote_types(x.dtype, torch.float32)  # in which the activation itself computes
+        whole = y.new_zeros(7, dtype=torch.float64)
+        largest = y.new_zeros(2, dtype=torch.float64)
+        peaks = y.new_zeros(width, dtype=torch.float64)  # of each unit over the tokens
+        for x_rows, y_rows in zip(x.split(rows), y.split(rows), strict=True):
+            z = x_rows.to(wide) if bias is None else x_rows.to(wide) + bias[:width]
+            slope, _ = activation.slopes(z, p)
+            size, y2 = y_rows.double().abs(), y_rows.double().square()
+            terms = (z < 0, slope < 0, z.double().square(), size == 0, y2, y2.square())
+            sums = [term.sum(dtype=torch.float64) for term in terms]
+            whole += torch.stack([*sums, whole.new_full((), y_rows.numel())])
+            peaks = torch.maximum(peaks, size.amax(0))
+            largest[0] = torch.maximum(largest[0], z.abs().amax().double())
+        largest[1] = peaks.amax()
+        _reduced(whole, ReduceOp.SUM, self._whole)
+        threshold = NEAR_ZERO * (whole[4] / whole[6]).sqrt()
+        near_zero = sum((block.double().abs() <= threshold).sum() for block in y.split(rows))
+        dead = (_reduced(peaks, ReduceOp.MAX, self._tokens) <= threshold).sum()
+        counts = torch.stack([near_zero, dead, dead.new_full((), width)]).double()
+        return _Partial(whole, counts, largest)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no nan: None where a value is undefined, e.g. the kurtosis of zeros."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _reduced(tensor: Tensor, op: ReduceOp, group: ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        torch.distributed.all_reduce(tensor, op=op, group=group)
+    return tensor
