@@ -4,9 +4,8 @@
     python tools/gpu_suite.py --only bandwidth peers --out bandwidth.json      # sections by name
     python tools/gpu_suite.py --quick --out quick.json                         # small sizes, a minute or two
 
-Sections (tools/gpu/): accuracy, sums, huge, determinism, memory, bandwidth, peers, training. One that fails is reported
-and the rest go on; the exit code is 1 if any failed. --device cpu runs what can run without a GPU, at small sizes: it
-tests this program, not the kernels.
+The sections are in tools/gpu/, and --help lists them. One that fails is reported and the rest go on; the exit code is 1
+if any failed. --device cpu runs what can run without a GPU, at small sizes: it tests this program, not the kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ sys.path[:0] = [
 
 import torch  # noqa: E402
 
-from tools.gpu import correctness, speed, training  # noqa: E402
+from tools.gpu import correctness, memory, speed, training  # noqa: E402
 from tools.gpu.context import Context, Failure, Skip  # noqa: E402
 
 SECTIONS = {
@@ -40,7 +39,10 @@ SECTIONS = {
     "memory": correctness.memory,
     "bandwidth": speed.bandwidth,
     "peers": speed.peers,
+    "fp8": correctness.quantized,
+    "fp8-speed": speed.quantized,
     "training": training.training,
+    "plan": memory.plan,
 }
 
 

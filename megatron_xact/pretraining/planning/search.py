@@ -1,0 +1,119 @@
+"""The nearest layout that fits, where the one asked for does not: what to set, and nothing that changes the training.
+
+Searched are tensor, pipeline and context parallelism, the micro-batch and recomputation; the global batch stays. Near
+means few and small changes, the cheapest in speed first: the weights of `_distance` are a judgement, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import product
+
+from megatron_xact.pretraining.config import RunConfig
+from megatron_xact.pretraining.planning import memory
+from megatron_xact.pretraining.planning.hardware import Gpu
+from megatron_xact.pretraining.planning.job import Job, with_layout
+
+RECOMPUTE = {
+    "as it is": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+_STEP = {"micro_batch_size": 1.0, "tensor_model_parallel_size": 2.0, "context_parallel_size": 4.0}
+_STEP["pipeline_model_parallel_size"] = 3.0
+_RECOMPUTE = {"as it is": 0.0, "mlp": 2.5, "full": 5.0}
+
+
+def fitting(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> Job:
+    """The job as `args` ask for it. ValueError, in one line: why it cannot be, and the nearest that can."""
+    try:
+        job = with_layout(config, args, gpus, gpus_per_node)
+        problem = misfit(job, gpu)
+        if problem is None:
+            return job
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(f"{problem}; {_way_out(config, args, gpus, gpus_per_node, gpu)}")
+
+
+def misfit(job: Job, gpu: Gpu) -> str | None:
+    """In words, that the job needs more memory than a GPU has; None: it fits."""
+    need = memory.heaviest(job)
+    if need.total <= gpu.memory:
+        return None
+    return (
+        f"pipeline stage {need.stage} needs {need.total / 1e9:.1f} GB per GPU ({need.allocated / 1e9:.1f} allocated "
+        f"and {need.reserve / 1e9:.1f} in reserve), {gpu.name} has {gpu.memory / 1e9:.1f}"
+    )
+
+
+def nearest(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> dict[str, object] | None:
+    """What to change in `args`, by Megatron's variables, so that the run is legal and fits; None: nothing helps."""
+    candidates = sorted(_candidates(args, gpus, gpus_per_node), key=lambda pair: pair[0])
+    for _, changes in candidates:
+        changed = Namespace(**(vars(args) | changes))
+        try:
+            if misfit(with_layout(config, changed, gpus, gpus_per_node), gpu) is None:
+                return {name: value for name, value in changes.items() if value != getattr(args, name)}
+        except ValueError:
+            continue
+    return None
+
+
+def _candidates(args: Namespace, gpus: int, gpus_per_node: int) -> Iterator[tuple[float, dict]]:
+    """(distance, changes) of every layout worth a look, `args`' own among them."""
+    powers = [2**i for i in range(int(math.log2(gpus)) + 1)]
+    tensors = sorted({args.tensor_model_parallel_size, *(t for t in powers if t <= gpus_per_node)})
+    pipelines = [p for p in range(1, args.num_layers + 3) if gpus % p == 0]
+    contexts = sorted({args.context_parallel_size, *(c for c in powers if c <= 16)})
+    batch = args.global_batch_size or args.micro_batch_size
+    micros = sorted({m for m in range(1, 2 * args.micro_batch_size + 1) if batch % m == 0})
+    for t, p, c, m, kind in product(tensors, pipelines, contexts, micros, RECOMPUTE):
+        if gpus % (t * p * c) or batch % (m * (gpus // (t * p * c))):
+            continue
+        changes = {
+            "tensor_model_parallel_size": t,
+            "pipeline_model_parallel_size": p,
+            "context_parallel_size": c,
+            "micro_batch_size": m,
+        }
+        distance = _RECOMPUTE[kind] + sum(_distance(n, getattr(args, n), v) for n, v in changes.items())
+        if t > 1:
+            changes["sequence_parallel"] = True
+        yield distance, changes | RECOMPUTE[kind]
+
+
+def _distance(name: str, was: int, now: int) -> float:
+    steps = abs(math.log2(now / was))
+    return _STEP[name] * steps
+
+
+def _way_out(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> str:
+    changes = nearest(config, args, gpus, gpus_per_node, gpu)
+    there = f"{gpus} GPU" + "s" * (gpus > 1)
+    told = f"nothing fits {there}" if changes is None else f"nearest that fits {there}: {_flags(changes)}"
+    nodes = nearest_nodes(config, args, gpus, gpus_per_node, gpu)
+    return told if nodes is None else f"{told}; or the config as it is on --nodes {nodes}"
+
+
+def nearest_nodes(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> int | None:
+    """The number of whole nodes, nearest to what there is, on which the layout asked for works; None: none does."""
+    here = max(1, gpus // gpus_per_node)
+    for nodes in sorted(range(1, 4 * here + 1), key=lambda n: abs(math.log2(n / here))):
+        try:
+            if misfit(with_layout(config, args, nodes * gpus_per_node, gpus_per_node), gpu) is None:
+                return nodes
+        except ValueError:
+            continue
+    return None
+
+
+def _flags(changes: dict[str, object]) -> str:
+    """As words of a command line, which are keys of a config too."""
+
+    def word(value: object) -> str:
+        return "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
+
+    return " ".join(f"--{name.replace('_', '-')}{word(value)}" for name, value in changes.items())

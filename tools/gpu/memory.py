@@ -1,0 +1,125 @@
+"""Is the memory that `xact plan` predicts what a run takes? Short runs on the GPU, a process each, on random tokens.
+
+Compared is what torch calls max_memory_allocated, over whole steps with their optimizer: the plan's number without its
+reserve. The layer is TransformerEngine's where it is installed, else the local one, which keeps a little more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.gpu.context import Context, Failure, Skip
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 0.10
+STEPS = 4
+
+CONFIG = """
+base = "{root}/configs/llama.toml"
+[model]
+num-layers = {layers}
+hidden-size = {hidden}
+ffn-hidden-size = {ffn}
+num-attention-heads = {heads}
+seq-length = {sequence}
+max-position-embeddings = {sequence}
+padded-vocab-size = {vocabulary}
+[data]
+mock-data = true
+tokenizer-type = "NullTokenizer"
+vocab-size = {vocabulary}
+num-workers = 0
+[optimizer]
+lr = 1e-4
+[schedule]
+micro-batch-size = {micro}
+global-batch-size = {batch}
+train-iters = {steps}
+lr-wsd-decay-iters = 1
+eval-interval = 1000
+eval-iters = 0
+[logging]
+tensorboard-log-interval = 1
+log-interval = 1
+log-memory-to-tensorboard = true
+[runtime]
+bf16 = true
+transformer-impl = "{layer}"
+[activation]
+name = "{activation}"
+"""
+SMALL = {"layers": 12, "hidden": 768, "ffn": 4608, "heads": 12, "sequence": 2048, "vocabulary": 16384}
+# eight layers of the paper's 1.1B model, all of its vocabulary
+SLICE = {"layers": 8, "hidden": 1536, "ffn": 9216, "heads": 16, "sequence": 4096, "vocabulary": 147456}
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+MLP = ("--recompute-granularity", "selective", "--recompute-modules", "mlp")
+
+# name -> (sizes, Megatron's flags)
+CASES = {
+    "125M": (SMALL | {"micro": 8, "activation": "xielu"}, ()),
+    "1.1B slice": (SLICE | {"micro": 4, "activation": "xielu"}, ()),
+    "1.1B slice, gated": (SLICE | {"micro": 4, "activation": "swiglu", "ffn": 6144}, ()),
+    "1.1B slice, MLP recomputed": (SLICE | {"micro": 4, "activation": "xielu"}, MLP),
+    "1.1B slice, all recomputed": (SLICE | {"micro": 4, "activation": "xielu"}, FULL),
+}
+
+
+def plan(context: Context, data: dict) -> str:
+    if context.device.type != "cuda":
+        raise Skip("a CPU has no max_memory_allocated; tests/distributed/test_dry_run.py counts bytes there")
+    if importlib.util.find_spec("megatron") is None:
+        raise Skip("megatron is not installed")
+    layer = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
+    data |= {"layer": layer, "tolerance": TOLERANCE, "cases": {}}
+    for name in ["125M"] if context.quick else CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            data["cases"][name] = compared(Path(folder), layer, *CASES[name])
+        print(f"{name}: {data['cases'][name]}", flush=True)
+    ratios = {name: case["planned"] / case["measured"] for name, case in data["cases"].items()}
+    told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    if any(abs(ratio - 1) > TOLERANCE for ratio in ratios.values()):
+        raise Failure(f"planned over measured peak, beyond {TOLERANCE:.0%}: {told}")
+    return f"planned over measured peak: {told}"
+
+
+def compared(folder: Path, layer: str, sizes: dict, flags: tuple[str, ...]) -> dict:
+    """Bytes of one case: the plan's parts and sum, and the maximum of a real run."""
+    from megatron_xact.pretraining.planning import memory
+
+    found = memory.of_stage(planned(folder, layer, sizes, flags), 0)
+    return {"planned": found.allocated, "parts": vars(found), "measured": measured(folder, flags)}
+
+
+def planned(folder: Path, layer: str, sizes: dict, flags: tuple[str, ...]):
+    """The job of a case, whose config is written into `folder`."""
+    from megatron_xact.pretraining import config
+    from megatron_xact.pretraining.planning import job
+
+    path = folder / "case.toml"
+    batch = 2 * sizes["micro"]  # two micro-batches: gradients accumulate, as in real runs
+    path.write_text(CONFIG.format(root=ROOT, layer=layer, batch=batch, steps=STEPS, **sizes))
+    return job.read(config.load(path).with_overrides(flags), 1, 1)
+
+
+def measured(folder: Path, flags: tuple[str, ...]) -> int:
+    """max_memory_allocated of a run of the config in `folder`, as Megatron logs it to TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["pretrain", folder / "case.toml", "--nproc-per-node", "1", "--tensorboard-dir", folder / "tensorboard"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_xact", *map(str, words), *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise Failure(f"pretrain ended with {done.returncode}: {done.stderr[-1500:]}")
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return int(max(event.value for event in events.Scalars("mem-max-allocated-bytes")))
