@@ -12,7 +12,8 @@ perplexity, plots loss and alphas, exports the model to Hugging Face, verified, 
 generates from it. Run again, it resumes or reuses what is there.
 
   --source WHAT   the corpus: stdlib (default: the text of this Python's standard library), a folder of text, a .txt,
-                  .jsonl, .jsonl.gz or .parquet file, or a Hugging Face dataset org/name[:config][@split]
+                  .jsonl (.gz, .zst) or .parquet file, a pattern of such files, or a Hugging Face dataset
+                  org/name[:config][@split]
   --out FOLDER    where everything goes (default: runs/quickstart, with another source runs/quickstart-SOURCE)
   --fresh         delete FOLDER and start over
   other flags     override the config, e.g. --train-iters 1000, --set activation.name=xiprelu, --print-args
@@ -53,7 +54,7 @@ bash launch/env.sh
 installed=$SECONDS
 # One intra-op thread per rank: two ranks share two cores, and more would only wait for each other.
 export PATH="$PWD/.venv/bin:$PATH"
-xact data --source "$source_" --out "$out/data" $fresh
+xact data prepare --source "$source_" --out "$out/data" $fresh
 xact pretrain configs/quickstart.toml --quiet \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/validation_text_document" \
     --tokenizer-model "$out/data/tokenizer" --save "$out" --load "$out" ${overrides[@]+"${overrides[@]}"}

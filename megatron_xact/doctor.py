@@ -177,8 +177,8 @@ def _optional() -> Iterator[Check]:
         "quack": ("quack", ("quack-kernels",), "not used by this version", "pip install quack-kernels"),
         "deepspeed": ("deepspeed", ("deepspeed",), "not used by this version", "pip install deepspeed"),
         "dali": (
-            "nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "not used by this version",
-            "pip install nvidia-dali-cuda130",
+            "nvidia.dali", ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+            'a loader of batches ([xact] loader = "dali")', _extra("dali"),
         ),
         "wandb": ("wandb", ("wandb",), "Weights & Biases logging", _extra("wandb")),
         "datasets": ("datasets", ("datasets",), "corpora by Hugging Face name", _extra("data")),

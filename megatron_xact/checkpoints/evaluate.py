@@ -33,7 +33,7 @@ from megatron_xact.checkpoints.model import Model
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one model on one file. Bits per byte only where `xact data` left the number of bytes beside the file."""
+    """Of one model on one file. Bits per byte only where `xact data prepare` left the number of bytes beside the file."""
 
     data: str
     tokens: int  # predicted
@@ -140,7 +140,7 @@ def open_tokens(prefix: str | Path) -> np.ndarray:
         if not Path(f"{prefix}{suffix}").is_file():
             raise FileNotFoundError(
                 f"no such file {prefix}{suffix} (a data path is the common prefix of a .bin and an .idx file; "
-                "`xact data` makes them)"
+                "`xact data prepare` makes them)"
             )
     with warnings.catch_warnings():  # Megatron warns about optimizers and ranks, which have no part in reading data
         warnings.simplefilter("ignore")

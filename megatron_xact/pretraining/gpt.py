@@ -18,6 +18,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
+from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
@@ -90,7 +91,10 @@ def loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 
 
 def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None):
-    """(train, validation, test) GPT datasets with at least `samples` sequences each, built where they are consumed."""
+    """(train, validation, test) GPT datasets with at least `samples` sequences each, built where they are consumed.
+
+    Of the dataloader-type "external", which is DALI here, iterators over their batches.
+    """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -121,11 +125,35 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, samples, consumed_here, config).build()
+    datasets = BlendedMegatronDatasetBuilder(kind, samples, consumed_here, config).build()
+    if args.dataloader_type == "external":  # Megatron then expects iterators
+        from megatron_xact.pretraining.data import dali
+
+        return dali.loaders(datasets, args)
+    return datasets
 
 
 # Every rank calls the provider: the builder decides from `consumed_here` who opens files.
 datasets_provider.is_distributed = True
+
+
+def datasets_of(steps: int):
+    """A `datasets_provider` that gives the samples, in their order, of a run of `steps` steps, whatever this one has.
+
+    Megatron shuffles as many epochs as a run needs, together; fewer steps can mean fewer epochs and another order.
+    """
+
+    def provider(samples: tuple[int, int, int], vp_stage: int | None = None):
+        args = get_args()
+        args.train_iters, own = steps, args.train_iters
+        try:
+            samples = get_train_valid_test_num_samples()
+        finally:
+            args.train_iters = own
+        return datasets_provider(samples, vp_stage)
+
+    provider.is_distributed = True
+    return provider
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The data path against transformers' tokenizer, Megatron's reader and tokenizer, and plain counting."""
+"""`xact data prepare` against transformers' tokenizer, Megatron's reader and tokenizer, and plain counting."""
 
 import argparse
 import email
@@ -9,10 +9,8 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_xact.pretraining.data import cli, corpus, manifest
+from megatron_xact.pretraining.data import cli, corpus, documents, hub, manifest
 from megatron_xact.pretraining.data.preprocess import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +71,10 @@ def prepared(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return prepare(out, str(sources["folder"]), VOCAB_SIZE, validation_fraction=FRACTION)
 
 
+def texts_of(source: corpus.Source) -> list[str | None]:
+    return [documents.text_of(record, "text") for record, _ in source.read(None)]
+
+
 def documents_of(prefix: Path) -> list[tuple[int, ...]]:
     """Every document as Megatron's reader sees it, through the document index and not the sequences."""
     dataset = IndexedDataset(str(prefix))
@@ -95,8 +97,8 @@ def contents(out: Path) -> dict[str, tuple[int, int]]:
 def test_tokens_are_those_of_transformers_plus_eod(prepared: manifest.DataManifest) -> None:
     train, validation = documents_of(prepared.train_prefix), documents_of(prepared.validation_prefix)
     assert Counter(train + validation) == expected_documents(prepared.tokenizer, TEXTS)
-    for documents, info in ((train, prepared.train), (validation, prepared.validation)):
-        assert (info.documents, info.tokens) == (len(documents), sum(map(len, documents)))
+    for found, info in ((train, prepared.train), (validation, prepared.validation)):
+        assert (info.documents, info.tokens) == (len(found), sum(map(len, found)))
     assert prepared.train.bytes + prepared.validation.bytes == sum(len(text.encode()) for text in TEXTS)
     assert IndexedDataset(str(prepared.train_prefix)).index.dtype == np.uint16
     # A text that spells special tokens holds neither: the only EOD is the last id, and nothing is padding.
@@ -184,12 +186,18 @@ def test_parquet_gives_the_same_tokens(prepared: manifest.DataManifest, tmp_path
 def test_hugging_face_dataset(sources: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed (the extra `data`)")
     shutil.copy(sources["rows.jsonl"], tmp_path / "train.jsonl")
-    rows = corpus.hugging_face_documents(str(tmp_path), None, "train", "text")
-    assert [text for _, text in rows] == TEXTS
+    rows = list(hub.rows(str(tmp_path), None, "train", "text"))
+    assert [record.content for record, _ in rows] == TEXTS
+    for number in (0, 3, len(TEXTS) - 2, len(TEXTS) - 1):  # from any position on, which is JSON
+        position = json.loads(json.dumps(rows[number][1]))
+        rest = hub.rows(str(tmp_path), None, "train", "text", position)
+        assert list(rest) == rows[number + 1 :]
+    with pytest.raises(ValueError, match=r"@train, row 0: no key 'body', only \['id', 'text'\]"):
+        next(hub.rows(str(tmp_path), None, "train", "body"))
     # Offline, an unknown name ends in one sentence. In a process of its own: the setting is read on import.
     code = (
         "from megatron_xact.pretraining.data.corpus import open_source\n"
-        "try: next(open_source('no-such-org/no-such-set:en@train').documents())\n"
+        "try: next(open_source('no-such-org/no-such-set:en@train').read(None))\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run(
@@ -216,32 +224,32 @@ def test_a_missing_package_is_named_with_its_extra(
     with pytest.raises(
         ValueError, match=rf"needs the package `{package}`: pip install 'megatron-xact\[data\]'"
     ):
-        next(corpus.open_source(spec).documents())
+        next(corpus.open_source(spec).read(None))
 
 
 def test_split_is_by_content() -> None:
-    documents = [(f"document {number}", f"document {number}".encode()) for number in range(2000)]
+    texts = [f"document {number}" for number in range(2000)]
 
-    def sides(order: list[tuple[str, bytes]], seed: int) -> dict[str, str]:
-        found = [(text, side) for side, text, _ in corpus.split_documents(iter(order), 0.1, seed)]
-        assert Counter(text for text, _ in found) == Counter(
-            text for text, _ in order
-        )  # none lost or doubled
-        assert len(set(found)) == len({text for text, _ in found})  # equal documents on one side
+    def sides(order: list[str], seed: int) -> dict[str, str]:
+        found = split_of(order, 0.1, seed)
+        assert Counter(text for text, _ in found) == Counter(order)  # none lost or doubled
+        assert len(set(found)) == len(set(order))  # equal documents on one side
         return dict(found)
 
-    first = sides(documents, seed=0)
-    assert first == sides(documents[::-1], seed=0) == sides(documents + documents[::3], seed=0)
-    assert first != sides(documents, seed=1)
+    first = sides(texts, seed=0)
+    assert first == sides(texts[::-1], seed=0) == sides(texts + texts[::3], seed=0)
+    assert first != sides(texts, seed=1)
     share = Counter(first.values())["validation"] / 2000
     assert abs(share - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 2000)  # five standard deviations of a fair draw
     # However few documents and small the fraction, one of them is for validation; the same one in any order.
-    few = {tuple(sorted(dict(_split_of(order, 1e-9)).items())) for order in (documents[:3], documents[2::-1])}
+    few = {tuple(sorted(split_of(order, 1e-9, 0))) for order in (texts[:3], texts[2::-1])}
     assert len(few) == 1 and Counter(side for _, side in few.pop()) == {"train": 2, "validation": 1}
 
 
-def _split_of(order: list[tuple[str, bytes]], fraction: float) -> list[tuple[str, str]]:
-    return [(text, side) for side, text, _ in corpus.split_documents(iter(order), fraction, 0)]
+def split_of(texts: list[str], fraction: float, seed: int) -> list[tuple[str, str]]:
+    splitter = documents.Splitter(fraction)
+    found = [pair for text in texts for pair in splitter.add(documents.place_of(text.encode(), seed), text)]
+    return [(text, side) for side, text in [*found, *splitter.finish()]]
 
 
 def test_unigram_perplexity(prepared: manifest.DataManifest) -> None:
@@ -342,30 +350,31 @@ def test_messy_folders_and_single_files(tmp_path: Path) -> None:
     (folder / "rows.jsonl").write_text(json.dumps({"text": "lone \ud800 surrogate"}) + '\n{"text": null}\n')
     (folder / "out").mkdir()
     (folder / "out" / "tokenizer.json").write_text("our own output")
-    skipped: Counter[str] = Counter()
-    found = corpus.usable(corpus.open_source(str(folder), exclude=folder / "out").documents(), None, skipped)
-    assert sorted(text for text, _ in found) == [
-        "after a mark",
-        "caf\ufffd",
-        "lone \ufffd surrogate",
-        "no suffix",
-    ]
-    assert skipped == {"not text": 1, "empty": 3}
+    found = [documents.usable(text) for text in texts_of(corpus.open_source(str(folder), exclude=folder / "out"))]
+    left_out = Counter(reason for reason in found if isinstance(reason, str))
+    kept = sorted(content for content in found if not isinstance(content, str))
+    assert kept == [(t, t.encode()) for t in ("after a mark", "caf\ufffd", "lone \ufffd surrogate", "no suffix")]
+    assert left_out == {"not text": 1, "empty": 3}
 
     lines = [f"line {number} of one long file\n" for number in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines))
-    pieces = [text for _, text in corpus.open_source(str(tmp_path / "book.txt")).documents()]
+    pieces = texts_of(corpus.open_source(str(tmp_path / "book.txt")))
     assert "".join(pieces) == "".join(lines) and len(pieces) > 5
     assert all(piece.endswith("\n") for piece in pieces)
+    endless = "\u4f60\u597d" * 100_000  # one line: cut between characters, or memory would not be bounded
+    (tmp_path / "line.txt").write_text(endless)
+    pieces = texts_of(corpus.open_source(str(tmp_path / "line.txt")))
+    assert "".join(pieces) == endless and len(pieces) > 4
 
 
 def test_stdlib_source() -> None:
     source = corpus.open_source("stdlib")
-    names = [Path(name.partition("#")[0]) for name, _ in source.documents()]
+    names = [Path(record.where.partition("#")[0]) for record, _ in source.read(None)]
     assert 4e6 < source.num_bytes < 20e6
     assert Path(json.__file__).parent / "decoder.py" in names and Path(os.__file__) in names
     assert not any({"site-packages", "test"} & set(name.parts[-4:]) for name in names)
-    assert names == [Path(name.partition("#")[0]) for name, _ in corpus.open_source("stdlib").documents()]
+    again = corpus.open_source("stdlib").read(None)
+    assert names == [Path(record.where.partition("#")[0]) for record, _ in again]
 
 
 BAD_LINES = {
@@ -396,6 +405,9 @@ BAD_CALLS = {
     "vocabulary size 257 is too small: .* at least 258": {"vocab_size": 257},
     "validation fraction 1.0 must lie between": {"validation_fraction": 1.0},
     "the limit of 0 bytes of text must be positive": {"max_bytes": 0},
+    "the limit of -1 tokens must be positive": {"max_tokens": -1},
+    "the number of workers, 0, must be at least 1": {"num_workers": 0},
+    r"no file matches .*/empty/\*.jsonl": {"source": "{tmp}/empty/*.jsonl"},
     "no tokenizer at .*empty: expected a folder with": {"tokenizer": "{tmp}/empty"},
     "tokenizer.json is not a tokenizer": {"tokenizer": "{tmp}/tokenizer.json"},
     "cannot write below .*: Not a directory": {"out": "{tmp}/table.csv/out"},
@@ -475,24 +487,16 @@ def test_a_bad_line_late_in_the_file_leaves_the_old_data(
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     rows.write_text(good)
     prepare(out, str(rows), tokenizer=prepared.tokenizer)
-    (out / f".building-{os.uname().nodename}-{_finished_process()}").mkdir()  # as a killed run leaves behind
     before = contents(out)
     rows.write_text(
         good * 10 + "{}\n"
     )  # the tokenizer is given, so the documents before it have been encoded
     with pytest.raises(ValueError, match=rf"rows.jsonl:{10 * len(TEXTS) + 1}: no key 'text'"):
         prepare(out, str(rows), tokenizer=prepared.tokenizer)
-    after = contents(out)
-    assert {name: kept for name, kept in before.items() if ".building" not in name} == after
+    assert contents(out) == before
 
 
-def _finished_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_costs_only_time(
     sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path
 ) -> None:
     """The kernel's limit on file size stands in for the disk: the write fails in the same place."""
@@ -500,40 +504,51 @@ def test_a_full_disk_leaves_nothing(
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         with pytest.raises(
-            ValueError, match=r"cannot write below .*: File too large; nothing was left there"
+            ValueError, match=r"cannot write below .*: File too large; make room; the same command goes on"
         ):
             prepare(tmp_path / "out", str(sources["rows.jsonl"]), tokenizer=prepared.tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]
+    made = prepare(tmp_path / "out", str(sources["rows.jsonl"]), tokenizer=prepared.tokenizer)
+    found = documents_of(made.train_prefix) + documents_of(made.validation_prefix)
+    assert Counter(found) == expected_documents(prepared.tokenizer, TEXTS)
+    assert not (tmp_path / "out" / ".building").exists()
 
 
-def test_an_interrupt_leaves_nothing(prepared: manifest.DataManifest, tmp_path: Path) -> None:
-    """A real Ctrl-C in the middle of the encoding, after tokens have been written."""
-    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 200)  # about 70 MB
-    code = (
-        "import signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
-        "from megatron_xact.pretraining.data.preprocess import prepare\n"
-        "prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3])"
-    )
-    command = [sys.executable, "-c", code, str(out), str(rows), str(prepared.tokenizer)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 40
-    while not any(file.stat().st_size for file in out.glob(".building-*/train_text_document.bin")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=20)[1]
-    assert process.returncode != 0 and "KeyboardInterrupt" in said
-    assert not out.exists()
+def test_documents_without_eod(sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path) -> None:
+    made = prepare(tmp_path / "out", str(sources["rows.jsonl"]), tokenizer=prepared.tokenizer, append_eod=False)
+    found = Counter(documents_of(made.train_prefix) + documents_of(made.validation_prefix))
+    assert found == Counter(ids[:-1] for ids in expected_documents(prepared.tokenizer, TEXTS))
+
+
+def test_a_tokenizer_by_its_hub_name(
+    sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path
+) -> None:
+    """From the cache that downloads leave, without a network, in a process that reads these settings on import."""
+    snapshot = tmp_path / "hub" / "models--some-org--some-tokenizer" / "snapshots" / "0123"
+    shutil.copytree(prepared.tokenizer, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+
+    def run(tokenizer: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "megatron_xact", "data", "prepare", "--source", str(sources["rows.jsonl"])]
+        command += ["--out", str(tmp_path / "out"), "--tokenizer", tokenizer]
+        environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("some-org/some-tokenizer")
+    assert done.returncode == 0, done.stderr
+    assert manifest.load(tmp_path / "out").tokenizer_sha256 == prepared.tokenizer_sha256
+    done = run("some-org/another")
+    assert done.returncode == 2 and "no tokenizer at some-org/another: no such folder here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_command_line(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser(prog="xact data")
     cli.add_arguments(parser)
-    command = ["--source", str(sources["rows.jsonl"]), "--out", str(tmp_path / "out"), "--max-mb", "0.1"]
+    command = ["prepare", "--source", str(sources["rows.jsonl"]), "--out", str(tmp_path / "out"), "--max-bytes", "100K"]
     assert cli.main(parser.parse_args([*command, "--vocab-size", "300"])) == 0
     printed = capsys.readouterr().out
     made = manifest.load(tmp_path / "out")
@@ -542,7 +557,7 @@ def test_command_line(sources: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert f"perplexity {made.unigram_perplexity:.1f}" in printed
     with pytest.raises(ValueError, match="with --tokenizer it has no meaning"):
         cli.main(parser.parse_args([*command, "--vocab-size", "300", "--tokenizer", "x"]))
-    with pytest.raises(ValueError, match="no prepared data in .*; make it: xact data --out"):
+    with pytest.raises(ValueError, match="no prepared data in .*; make it: xact data prepare --out"):
         manifest.load(tmp_path / "elsewhere")
 
 
@@ -551,7 +566,7 @@ def test_help_is_light() -> None:
         "import sys, argparse\n"
         "from megatron_xact.pretraining.data import cli\n"
         "parser = argparse.ArgumentParser(); cli.add_arguments(parser); text = parser.format_help()\n"
-        "assert 'examples:' in text\n"
+        "assert 'prepare' in text and 'inspect' in text\n"
         "print(sorted({'torch', 'numpy', 'tokenizers', 'megatron', 'tqdm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,7 +1,8 @@
 """`data.json`: what lies in a data folder and how it was made. Written last: a folder with one is whole."""
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 NAME = "data.json"
@@ -12,7 +13,7 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: `documents`, their UTF-8 `bytes`, `tokens` with one EOD each, and the two files' sizes."""
+    """One split: `documents`, their UTF-8 `bytes`, `tokens` with EODs, and the two files' sizes."""
 
     documents: int
     bytes: int
@@ -38,6 +39,7 @@ class DataManifest:
     unigram_nats: float  # cross entropy of validation under train's token frequencies, nats per token
     unigram_perplexity: float
     versions: dict[str, str]
+    made: dict[str, object] = field(default_factory=dict)  # when, and how fast: nothing that decides the tokens
     reused: bool = False  # this call found the data ready
 
     @property
@@ -79,13 +81,25 @@ class DataManifest:
             f"  {self.tokenizer}\n"
             f"  left out   {left_out}\n"
             f"  unigram    validation perplexity {self.unigram_perplexity:.1f} "
-            f"({self.unigram_nats:.3f} nats per token): what a model must beat"
+            f"({self.unigram_nats:.3f} nats per token): what a model must beat\n"
+            f"  encoded    {self.made['tokens_per_second']:,} tokens/s with {self.made['workers']} worker(s), "
+            f"finished {self.made['finished']}"
         )
 
     def write(self, folder: Path) -> None:
         record = asdict(self) | {"format": FORMAT, "bytes_per_token": self.bytes_per_token}
         del record["folder"], record["reused"]
-        (folder / NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(folder / NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there with all of the text, on the disk, or as it was before."""
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def load(folder: Path) -> DataManifest:
@@ -95,7 +109,7 @@ def load(folder: Path) -> DataManifest:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"no prepared data in {folder} (no {NAME}); make it: xact data --out {folder}"
+            f"no prepared data in {folder} (no {NAME}); make it: xact data prepare --out {folder}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}); rebuild with --fresh") from None

@@ -1,33 +1,31 @@
 """`prepare`: from a source of text to a folder that Megatron trains on; one that is still right is reused.
 
-Everything is built in a hidden folder inside its destination and renamed at the end, the manifest last:
-whatever stops a run (a bad document, Ctrl-C, a full disk) leaves nothing under the final names.
+Reading is sequential, encoding parallel, writing in the order of the source. Everything grows in a hidden folder
+inside its destination (see building) and is renamed at the end, the manifest last: whatever stops a run leaves
+nothing under the final names, and the same call goes on from where it was.
 """
 
-import errno
 import os
 import platform
-import shutil
-import socket
-from collections import Counter
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from math import exp
 from pathlib import Path
 
-from megatron_xact.pretraining.data import corpus, manifest
+from megatron_xact.pretraining.data import building, corpus, documents, encoding, indexed, manifest
 from megatron_xact.pretraining.data import tokenizer as bpe
+from megatron_xact.pretraining.data.building import State
+from megatron_xact.pretraining.data.documents import Splitter
 from megatron_xact.pretraining.data.manifest import DataManifest, SplitInfo
 from megatron_xact.pretraining.data.progress import Progress
 
 VOCAB_SIZE = 4096
 VALIDATION_FRACTION = 0.05
 TOKENIZER_TRAINING_BYTES = 100 << 20  # the part of the train split that a tokenizer is trained on, at most
-BATCH_BYTES = 4 << 20  # of text encoded at once: enough for all threads, little memory
-BUILDING = ".building-"
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+WORTH_A_WORKER = 4 << 20  # bytes of text: starting a process takes as long as encoding a part of that
 
 
 def prepare(
@@ -38,53 +36,77 @@ def prepare(
     validation_fraction: float = VALIDATION_FRACTION,
     text_key: str = "text",
     max_bytes: int | None = None,
+    max_tokens: int | None = None,
     seed: int = 0,
+    append_eod: bool = True,
+    num_workers: int | None = None,
     fresh: bool = False,
 ) -> DataManifest:
     """Tokenise `source` into `out`, or reuse what is there if it was made with the same settings.
 
-    `source`: "stdlib", a folder, a file (.txt, .jsonl, .jsonl.gz, .parquet), or a Hugging Face dataset
-    `org/name[:config][@split]`. A byte-level BPE of `vocab_size` tokens is trained on the train split unless
-    `tokenizer` brings one (a folder with tokenizer.json, or that file). `max_bytes` limits the UTF-8 text
-    that is read. `fresh` builds even where nothing changed. Raises ValueError, in one line, for what the user
-    can put right.
+    `source`: see corpus.open_source. A byte-level BPE of `vocab_size` tokens is trained on the train split unless
+    `tokenizer` brings one (a folder with tokenizer.json, that file, or a name on the Hugging Face hub). `max_bytes`
+    of UTF-8 text and `max_tokens` limit both splits together, to whole documents. `append_eod`: end every document
+    with the tokenizer's EOD, if it does not end so already. `num_workers`: processes, default one per core where
+    there is enough to do; the result is the same for any number. `fresh` builds even where nothing changed. Raises
+    ValueError, in one line, for what the user can put right.
     """
     out = Path(out).expanduser()
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"the number of workers, {num_workers}, must be at least 1")
+    given = None if tokenizer is None else bpe.locate(tokenizer)
     opened, settings = _settings(
-        out, source, vocab_size, tokenizer, validation_fraction, text_key, max_bytes, seed
+        out, source, vocab_size, given, validation_fraction, text_key, max_bytes, max_tokens, seed, append_eod
     )
     if not fresh:
         ready = _reusable(out, settings)
         if ready is not None:
             return ready
-    with _building(out) as building:
-        if tokenizer is not None:
-            bpe.adopt(Path(tokenizer).expanduser(), building / manifest.TOKENIZER)
-        built = _build(building, opened, settings)
-        _move_into_place(building, out)
-    return replace(built, folder=out.resolve())
+    with building.opened(out) as folder:
+        state = _resumed(folder, out, settings, fresh)
+        if state is None:
+            building.clear(folder)
+            if opened.num_bytes is None and max_bytes is None and max_tokens is None:
+                print(f"data: all of {source} is read; --max-tokens and --max-bytes limit it", flush=True)
+            state = State(settings)
+            _make_tokenizer(folder, opened, given, settings)
+            building.save(folder, state)
+        if not building.is_whole(folder):
+            workers_used = num_workers or _default_workers(opened, max_bytes)
+            try:
+                encoding.encode(folder, opened, state, workers_used)
+            except KeyboardInterrupt:
+                print("data: stopped; the same command goes on from where it was", file=sys.stderr, flush=True)
+                raise
+            _check_split(state, opened.name)
+            _manifest(folder, opened, state, workers_used).write(folder)
+        building.move_into_place(folder, out)
+    return manifest.load(out)
 
 
 def _settings(
     out: Path,
     source: str,
     vocab_size: int,
-    tokenizer: str | Path | None,
+    tokenizer: Path | None,
     validation_fraction: float,
     text_key: str,
     max_bytes: int | None,
+    max_tokens: int | None,
     seed: int,
+    append_eod: bool,
 ) -> tuple[corpus.Source, dict[str, object]]:
     """The opened source, and all that decides the tokens: two runs with equal settings give equal data."""
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation fraction {validation_fraction} must lie between 0 and 1, such as 0.05")
-    if max_bytes is not None and max_bytes <= 0:
-        raise ValueError(f"the limit of {max_bytes} bytes of text must be positive")
+    for limit, what in ((max_bytes, "bytes of text"), (max_tokens, "tokens")):
+        if limit is not None and limit <= 0:
+            raise ValueError(f"the limit of {limit} {what} must be positive")
     brought = None
     if tokenizer is None:
         bpe.check_vocab_size(vocab_size)
     else:
-        brought = bpe.sha256_of(bpe.json_of(Path(tokenizer).expanduser()))
+        brought = bpe.sha256_of(bpe.json_of(tokenizer))
     opened = corpus.open_source(source, text_key=text_key, seed=seed, exclude=out)
     settings: dict[str, object] = {
         "source": opened.name,
@@ -94,14 +116,44 @@ def _settings(
         "validation_fraction": validation_fraction,
         "text_key": text_key,
         "max_bytes": max_bytes,
+        "max_tokens": max_tokens,
         "seed": seed,
+        "append_eod": append_eod,
     }
     return opened, settings
+
+
+def _default_workers(source: corpus.Source, max_bytes: int | None) -> int:
+    known = [size for size in (source.num_bytes, max_bytes) if size is not None]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(size // WORTH_A_WORKER for size in known)]))
 
 
 def _reusable(out: Path, settings: dict[str, object]) -> DataManifest | None:
     """The data in `out` if it fits `settings`; None, having said why, if it must be built."""
     if not (out / manifest.NAME).exists():
+        return None
+    try:
+        ready = manifest.load(out)
+    except ValueError as error:
+        print(f"data: building again: {error}", flush=True)
+        return None
+    if changed := _changes(ready.settings, settings):
+        print(f"data: building again: {changed}", flush=True)
+        return None
+    print(f"data: {out} is ready, made with the same settings; reused (--fresh builds it again)", flush=True)
+    return replace(ready, reused=True)
+
+
+def _resumed(folder: Path, out: Path, settings: dict[str, object], fresh: bool) -> State | None:
+    """The state of a stopped run to go on from; None if the build must begin."""
+    state = None if fresh else building.load(folder)
+    if state is not None and (changed := _changes(state.settings, settings)):
+        print(f"data: what a stopped run left is dropped: {changed}", flush=True)
+        state = None
+    if state is not None:
+        print(f"data: going on after {state.bytes / 1e6:.1f} MB, {state.tokens:,} tokens", flush=True)
+    elif not fresh and not (out / manifest.NAME).exists():
         for prefix in (manifest.TRAIN, manifest.VALIDATION):
             stray = out / f"{prefix}.bin"
             if stray.exists():
@@ -109,127 +161,63 @@ def _reusable(out: Path, settings: dict[str, object]) -> DataManifest | None:
                     f"{stray} exists but {out} has no {manifest.NAME}, so it was not finished by us; "
                     "choose another folder, or replace it with --fresh"
                 )
-        return None
-    try:
-        ready = manifest.load(out)
-    except ValueError as error:
-        print(f"data: building again: {error}", flush=True)
-        return None
-    changed = [
-        f"{key} {ready.settings.get(key)} -> {value}"
-        for key, value in settings.items()
-        if ready.settings.get(key) != value
-    ]
-    if changed:
-        print(f"data: building again: {', '.join(changed)}", flush=True)
-        return None
-    print(f"data: {out} is ready, made with the same settings; reused (--fresh builds it again)", flush=True)
-    return replace(ready, reused=True)
+    return state
 
 
-def _build(building: Path, source: corpus.Source, settings: dict[str, object]) -> DataManifest:
-    """Make all files in `building`, which holds a tokenizer if the user brought one."""
-    max_bytes = settings["max_bytes"]
-    known = [size for size in (source.num_bytes, max_bytes) if size is not None]
-    total = min(known) if known else None
-    if total is None:
-        print(
-            f"data: the size of {source.name} is unknown, all of it is read; --max-mb limits it", flush=True
-        )
-    skipped: Counter[str] = Counter()
-
-    def documents() -> Iterator[tuple[str, str, bytes]]:
-        skipped.clear()
-        readable = corpus.usable(source.documents(), max_bytes, skipped)
-        return corpus.split_documents(readable, settings["validation_fraction"], settings["seed"])
-
-    folder = building / manifest.TOKENIZER
-    if not folder.exists():
-        _train_tokenizer(documents(), settings["vocab_size"], folder, total)
-    encoder = bpe.load(folder)
-
-    from megatron_xact.pretraining.data import indexed  # imports Megatron, hence torch: seconds
-
-    if settings["vocab_size"] is not None and encoder.vocab_size < settings["vocab_size"]:
-        print(f"data: the text yields {encoder.vocab_size} tokens of the {settings['vocab_size']} asked for")
-    writers = {}
-    try:
-        for split, prefix in (("train", manifest.TRAIN), ("validation", manifest.VALIDATION)):
-            writers[split] = indexed.SplitWriter(building, prefix, encoder.vocab_size)
-        with Progress("encode", total) as progress:
-            for batch in _batches(documents()):
-                ids_of = encoder.encode([text for _, text, _ in batch])
-                for (split, _, data), ids in zip(batch, ids_of, strict=True):
-                    writers[split].add(ids, len(data))
-                progress.update(sum(len(data) for _, _, data in batch))
-        totals = {split: writer.finish() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    _check_split(totals["train"].documents, totals["validation"].documents, source.name, skipped)
-
-    def info(split: str) -> SplitInfo:
-        path, counted = str(writers[split].path), totals[split]
-        sizes = (os.path.getsize(path + ".bin"), os.path.getsize(path + ".idx"))
-        return SplitInfo(counted.documents, counted.bytes, counted.tokens, *sizes)
-
-    nats = indexed.unigram_nats(totals["train"].counts, totals["validation"].counts)
-    built = DataManifest(
-        folder=building,
-        settings=settings,
-        source=source.name,
-        vocab_size=encoder.vocab_size,
-        eod=encoder.eod,
-        tokenizer_sha256=encoder.sha256,
-        dtype=writers["train"].dtype.__name__,
-        train=info("train"),
-        validation=info("validation"),
-        skipped=dict(skipped),
-        unigram_nats=nats,
-        unigram_perplexity=exp(nats),
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("tokenizers", "megatron-core")},
-    )
-    built.write(building)
-    return built
+def _changes(before: dict[str, object], now: dict[str, object]) -> str:
+    return ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value)
 
 
-def _batches(documents: Iterator[tuple[str, str, bytes]]) -> Iterator[list[tuple[str, str, bytes]]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[2])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _train_tokenizer(
-    documents: Iterator[tuple[str, str, bytes]], vocab_size: int, folder: Path, total: int | None
-) -> None:
-    """Train on the train split only, or its first part where it is long."""
-    limit = TOKENIZER_TRAINING_BYTES
-    with Progress("read for the tokenizer", limit if total is None else min(total, limit)) as progress:
+def _make_tokenizer(folder: Path, source: corpus.Source, given: Path | None, settings: dict[str, object]) -> None:
+    """`folder/tokenizer`, brought or trained on the train split, or its first part where it is long."""
+    if given is not None:
+        bpe.adopt(given, folder / manifest.TOKENIZER)
+        bpe.load(folder / manifest.TOKENIZER)
+        return
+    limit, read = TOKENIZER_TRAINING_BYTES, 0
+    with Progress("read for the tokenizer", limit) as progress:
 
         def texts() -> Iterator[str]:
-            read = 0
-            for split, text, data in documents:
-                progress.update(len(data))
-                if split == "train":
+            nonlocal read
+            for side, (text, size) in _split(source, settings, progress):
+                if side == "train":
                     yield text
-                    read += len(data)
+                    read += size
                     if read >= limit:
                         return
 
-        bpe.train(texts(), vocab_size, folder)
+        vocab_size = settings["vocab_size"]
+        bpe.train(texts(), vocab_size, folder / manifest.TOKENIZER)
+    found = bpe.load(folder / manifest.TOKENIZER).vocab_size
+    if read and found < vocab_size:
+        print(f"data: the text yields {found} tokens of the {vocab_size} asked for", flush=True)
 
 
-def _check_split(train: int, validation: int, name: str, skipped: Counter[str]) -> None:
+def _split(
+    source: corpus.Source, settings: dict[str, object], progress: Progress
+) -> Iterator[tuple[str, tuple[str, int]]]:
+    """(side, (text, bytes)) of every document within the limit of bytes, in this process."""
+    splitter = Splitter[tuple[str, int]](settings["validation_fraction"])
+    total = 0
+    for record, position in source.read(None):
+        content = documents.usable(documents.text_of(record, settings["text_key"]))
+        if isinstance(content, str):
+            continue
+        text, data = content
+        total += len(data)
+        if settings["max_bytes"] is not None and total > settings["max_bytes"]:
+            break
+        expected = encoding.expected_bytes(source, settings, position, total, 0, TOKENIZER_TRAINING_BYTES)
+        progress.update(len(data), expected)
+        yield from splitter.add(documents.place_of(data, settings["seed"]), (text, len(data)))
+    yield from splitter.finish()
+
+
+def _check_split(state: State, name: str) -> None:
+    train, validation = state.train.documents, state.validation.documents
     if train and validation:
         return
-    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items())) or "nothing"
+    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(state.skipped.items())) or "nothing"
     if not train and not validation:
         raise ValueError(f"{name} has no text within the limit (left out: {left_out})")
     raise ValueError(
@@ -238,46 +226,36 @@ def _check_split(train: int, validation: int, name: str, skipped: Counter[str]) 
     )
 
 
-@contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """A hidden folder in `out`, gone afterwards; removes those of killed runs on this machine too."""
-    here = f"{BUILDING}{socket.gethostname()}-"
-    for left in out.glob(f"{here}*"):
-        if not _is_another_process(int(left.name.removeprefix(here))):
-            shutil.rmtree(left, ignore_errors=True)
-    building = out / f"{here}{os.getpid()}"
-    existed = out.exists()
-    try:
-        building.mkdir(parents=True)
-        yield building
-    except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise ValueError(f"cannot write below {out}: {error.strerror}; nothing was left there") from error
-        raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+def _manifest(folder: Path, source: corpus.Source, state: State, num_workers: int) -> DataManifest:
+    """What is in `folder`, whose files are whole."""
+    encoder = bpe.load(folder / manifest.TOKENIZER)
 
+    def info(prefix: str, totals: indexed.Totals) -> SplitInfo:
+        sizes = (os.path.getsize(folder / f"{prefix}{suffix}") for suffix in (".bin", ".idx"))
+        return SplitInfo(totals.documents, totals.bytes, totals.tokens, *sizes)
 
-def _is_another_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
-def _move_into_place(building: Path, out: Path) -> None:
-    """Replace what is in `out`. The old manifest goes first and the new one comes last."""
-    (out / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(out / manifest.TOKENIZER, ignore_errors=True)
-    for prefix in (manifest.TRAIN, manifest.VALIDATION):
-        # Megatron keeps sample orders in a folder named as the prefix, known by their path, not by content.
-        shutil.rmtree(out / prefix / "cache", ignore_errors=True)
-        for suffix in (".bin", ".idx"):
-            os.replace(building / (prefix + suffix), out / (prefix + suffix))
-    os.replace(building / manifest.TOKENIZER, out / manifest.TOKENIZER)
-    os.replace(building / manifest.NAME, out / manifest.NAME)
+    train_counts, validation_counts = (
+        indexed.token_counts(folder / prefix, encoder.vocab_size) for prefix in (manifest.TRAIN, manifest.VALIDATION)
+    )
+    nats = indexed.unigram_nats(train_counts, validation_counts)
+    return DataManifest(
+        folder=folder,
+        settings=state.settings,
+        source=source.name,
+        vocab_size=encoder.vocab_size,
+        eod=encoder.eod,
+        tokenizer_sha256=encoder.sha256,
+        dtype=indexed.dtype_for(encoder.vocab_size).name,
+        train=info(manifest.TRAIN, state.train),
+        validation=info(manifest.VALIDATION, state.validation),
+        skipped=state.skipped,
+        unigram_nats=nats,
+        unigram_perplexity=exp(nats),
+        versions={"python": platform.python_version()} | {"tokenizers": version("tokenizers")},
+        made={
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "encoding_seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens / state.seconds),
+            "workers": num_workers,
+        },
+    )

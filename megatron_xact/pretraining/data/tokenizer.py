@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_xact.pretraining.data import hub
+
 EOD, PAD = "<|endoftext|>", "<|pad|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 KNOWN_EODS = (EOD, "<|end_of_text|>", "</s>", "<eos>")  # looked for when a bare tokenizer.json does not say
@@ -31,12 +33,10 @@ class Encoder:
     vocab_size: int  # what Megatron sees before its padding
     sha256: str  # of tokenizer.json
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, ended by exactly one EOD; one Rust thread per core."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=True)
-        return [
-            ids if ids and ids[-1] == self.eod else [*ids, self.eod] for ids in (e.ids for e in encodings)
-        ]
+    def encode(self, text: str, append_eod: bool = True) -> list[int]:
+        """The ids of a text, ended by exactly one EOD if it is wanted."""
+        ids = self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids  # the fast one keeps no offsets
+        return [*ids, self.eod] if append_eod and ids[-1:] != [self.eod] else ids
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -87,11 +87,20 @@ def adopt(given: Path, folder: Path) -> None:
     _write_config(folder, eod, PAD if PAD in vocabulary else None)
 
 
+def locate(given: str | Path) -> Path:
+    """Where a tokenizer is: a path that exists, or what the Hugging Face hub has under that name."""
+    path = Path(given).expanduser()
+    return hub.tokenizer(str(given)) if not path.exists() and hub.is_name(str(given)) else path
+
+
 def json_of(given: Path) -> Path:
     """The tokenizer.json that a path to it or to its folder means."""
     path = given / "tokenizer.json" if given.is_dir() else given
     if not path.is_file() or path.suffix != ".json":
-        raise ValueError(f"no tokenizer at {given}: expected a folder with tokenizer.json, or such a file")
+        raise ValueError(
+            f"no tokenizer at {given}: expected a folder with tokenizer.json, such a file, or a name on the "
+            "Hugging Face hub"
+        )
     return path
 
 
