@@ -34,6 +34,12 @@ REFUSED = {
 }
 
 
+# Where training finds its data: prefixes of indexed files, and files that list them.
+DATA_PREFIXES = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
+DATA_LISTS = ("data-args-path", "per-split-data-args-path")
+DATA_PATHS = DATA_PREFIXES + DATA_LISTS
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(message)

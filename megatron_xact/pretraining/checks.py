@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_xact.pretraining import arguments, resume
+from megatron_xact.pretraining.checkpointing import choice
+from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkpoint, name_of, saved_steps
 
 if TYPE_CHECKING:
-    from megatron_xact.pretraining.config import ActivationConfig, RunConfig
+    from megatron_xact.pretraining.config import ActivationConfig, BranchConfig, RunConfig, XactConfig
+
+__all__ = ["TRACKER", "check_checkpoint", "validate"]
 
 REQUIRED = (
     "num-layers",
@@ -35,7 +39,6 @@ POSITIVE = REQUIRED + (
     "pipeline-model-parallel-size",
     "context-parallel-size",
 )
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def validate(config: RunConfig, world_size: int | None = None) -> None:
@@ -50,7 +53,8 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     _data(args)
     _tokenizer(args)
     _optimizer(args, config.activation)
-    _checkpoint(args, config.activation.identity())
+    _retention(args, config.xact)
+    _checkpoint(args, config.activation.identity(), config.branch)
 
 
 def _required(args: Namespace) -> None:
@@ -159,22 +163,20 @@ def _parallel(args: Namespace, world_size: int) -> None:
 
 
 def _data(args: Namespace) -> None:
-    lists = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
-    files = ("data-args-path", "per-split-data-args-path")
-    given = {name: getattr(args, name.replace("-", "_")) for name in lists + files}
+    given = {name: getattr(args, name.replace("-", "_")) for name in arguments.DATA_PATHS}
     if not args.mock_data and not any(given.values()):
         raise ValueError(
-            'no data: set data-path = "prefix" of .bin/.idx files (`xact data` makes them) or mock-data'
+            'no data: set data-path = "prefix" of .bin/.idx files (`xact data prepare` makes them) or mock-data'
         )
-    for name in lists:
+    for name in arguments.DATA_PREFIXES:
         for prefix in _prefixes(given[name] or []):
             for suffix in (".bin", ".idx"):
                 if "://" not in prefix and not Path(prefix + suffix).is_file():
                     raise FileNotFoundError(
                         f"{name}: no such file {prefix + suffix} (a data path is the common prefix of a .bin "
-                        "and an .idx file; `xact data` makes them)"
+                        "and an .idx file; `xact data prepare` makes them)"
                     )
-    for name in files:
+    for name in arguments.DATA_LISTS:
         if given[name] is not None and not Path(given[name]).is_file():
             raise FileNotFoundError(f"{name}: no such file {given[name]}")
 
@@ -194,7 +196,7 @@ def _tokenizer(args: Namespace) -> None:
     # "org/name" may be a model on the Hugging Face hub; beside a folder "org" it is a missing folder.
     hub = args.tokenizer_type == "HuggingFaceTokenizer" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)
     if not hub or ("/" in path and Path(path).parent.is_dir()):
-        raise FileNotFoundError(f"tokenizer-model: no such file or folder {path} (`xact data` makes one)")
+        raise FileNotFoundError(f"tokenizer-model: no such file or folder {path} (`xact data prepare` makes one)")
 
 
 def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
@@ -208,7 +210,17 @@ def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
         )
 
 
-def _checkpoint(args: Namespace, activation: dict[str, object]) -> None:
+def _retention(args: Namespace, xact: XactConfig) -> None:
+    if xact.keep_every and not xact.keep_checkpoints:
+        raise ValueError(f"keep-every = {xact.keep_every} has no effect without keep-checkpoints: all are kept")
+    if xact.keep_checkpoints and args.save_retain_interval is not None:
+        raise ValueError(
+            f"save-retain-interval = {args.save_retain_interval} and keep-checkpoints = {xact.keep_checkpoints} both "
+            "delete checkpoints: leave the first out, Megatron's; keep-every does what it does"
+        )
+
+
+def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchConfig) -> None:
     folders = {
         name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")
     }
@@ -216,64 +228,28 @@ def _checkpoint(args: Namespace, activation: dict[str, object]) -> None:
     for name, folder in folders.items():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} = {str(folder)!r} is a file; it must be a folder")
-    save = folders.pop("save", None)
-    for name, folder in folders.items():
+    if "save" in folders and not (args.skip_train or choice.resumes(args)):
+        _refuse_to_start_over(folders["save"])
+    loaded = []
+    if "load" in folders:
+        loaded.append(choice.pick(args, branch.start).checkpoint)
+    if (folder := folders.get("pretrained-checkpoint")) is not None:
         if args.ckpt_step is None and not (folder / TRACKER).is_file():
-            # load = save is the idiom for "resume if there is something to resume".
-            if name == "load" and save is not None and folder.resolve() == save.resolve():
-                continue
-            raise FileNotFoundError(
-                f"{name}: no checkpoint in {folder} (no {TRACKER}); leave {name} out to start from random "
-                "weights, or set it equal to save to resume when there is one"
-            )
-        checkpoint = check_checkpoint(folder, args.ckpt_step)
-        if (checkpoint / ".metadata").is_file():
-            resume.refuse_misfit(checkpoint, args, activation)
+            raise FileNotFoundError(f"pretrained-checkpoint: no checkpoint in {folder} (no {TRACKER})")
+        loaded.append(check_checkpoint(folder, args.ckpt_step))
+    for checkpoint in loaded:
+        if checkpoint is not None and (checkpoint / ".metadata").is_file():
+            leaves_trunk = bool(branch.trunk) and checkpoint.parent == Path(branch.trunk)  # and its schedule
+            override = args.override_opt_param_scheduler or leaves_trunk
+            new = Namespace(**vars(args) | {"override_opt_param_scheduler": override})
+            resume.refuse_misfit(checkpoint, new, activation)
 
 
-def check_checkpoint(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint that Megatron would load from `folder` (`step`: --ckpt-step), found whole.
-
-    FileNotFoundError: it is not there. ValueError: the tracker file, the shards' index or a shard is damaged.
-    The shards are not read; but all the bytes that the index promises are there.
-    """
-    others = ", ".join(sorted(p.name for p in folder.glob("iter_*") if p.is_dir())) or "none"
-    way_out = f"write the number of a whole one into {folder / TRACKER}; there are: {others}"
-    if step is not None:
-        name = f"iter_{step:07d}"
-    else:
-        word = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-        if word != "release" and not word.isdecimal():
-            raise ValueError(f"{folder / TRACKER} is corrupt: {word[:40]!r} is no iteration; {way_out}")
-        name = word if word == "release" else f"iter_{int(word):07d}"
-    checkpoint = folder / name
-    if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
-        raise FileNotFoundError(f"checkpoint {checkpoint} is missing or empty; {way_out}")
-    if (checkpoint / "metadata.json").is_file() or any(checkpoint.glob("*.distcp")):
-        problem = _damage(checkpoint)
-        if problem:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: {problem}; {way_out}")
-    return checkpoint
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a sharded (torch_dist) checkpoint, by its index `.metadata`, written last."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    for name in ("metadata.json", ".metadata"):
-        if not (checkpoint / name).is_file():
-            return f"no {name}, as when saving was cut off"
-    try:
-        shards = FileSystemReader(checkpoint).read_metadata().storage_data
-        needed: dict[str, int] = {}
-        for shard in shards.values():
-            end = shard.offset + shard.length
-            needed[shard.relative_path] = max(needed.get(shard.relative_path, 0), end)
-    except Exception as error:  # unpickling damaged bytes can raise anything
-        return f".metadata cannot be read ({type(error).__name__})"
-    for name, size in needed.items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found < size:
-            return f"{name} has {found} of at least {size} bytes"
-    return None
+def _refuse_to_start_over(save: Path) -> None:
+    """Megatron would overwrite what is there, one checkpoint after the other."""
+    if saved_steps(save):
+        raise ValueError(
+            f"save = {str(save)!r} has checkpoints, up to {name_of(saved_steps(save)[-1])}, which this run would "
+            "overwrite: set load equal to save to go on from them, or train in another folder (pretrained-checkpoint "
+            "is what a run starts from as long as it has no checkpoint of its own)"
+        )

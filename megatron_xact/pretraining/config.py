@@ -29,11 +29,12 @@ from pathlib import Path
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.pretraining import arguments
+from megatron_xact.kernels import backends
+from megatron_xact.pretraining import arguments, signals
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
 
-__all__ = ["ActivationConfig", "LaunchConfig", "RunConfig", "XactConfig", "load", "validate"]
+__all__ = ["ActivationConfig", "BranchConfig", "LaunchConfig", "RunConfig", "XactConfig", "load", "validate"]
 
 TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
 Tables = dict[str, dict[str, object]]
@@ -83,6 +84,10 @@ class XactConfig:
     """Tokens of text to generate when training ends, as a first look at the model; 0: none."""
     sample_prompt: str = "The "
     """What the sample continues."""
+    kernels: str = "auto"
+    """What computes activations: "auto" (the fastest there is), "triton" (that or an error), "reference" (torch)."""
+    loader: str = "megatron"
+    """What fetches batches: "megatron" (its own loader) or "dali" (NVIDIA's); the same batches in the same order."""
     statistics_interval: int = 100
     """Steps between measurements of every layer's pre- and post-activations: sparsity, outliers; 0: off."""
     keep_checkpoints: int = 0
@@ -109,8 +114,35 @@ class LaunchConfig:
     """A loss that is NaN or infinite: "stop", or "restart" from the last complete checkpoint."""
 
 
-OURS = {"xact": XactConfig, "launch": LaunchConfig}
-CHOICES = {"on_failure": ("restart", "stop"), "on_nan": ("restart", "stop")}
+@dataclass(frozen=True)
+class BranchConfig:
+    """[branch], as `--branch-from` writes it: a run that leaves another one, its trunk, for a cooldown of its own."""
+
+    trunk: str = ""
+    """The trunk's folder; "": this run is no branch."""
+    step: int = 0
+    """The trunk's checkpoint that it starts from."""
+    data_steps: int = 0
+    """The trunk's train-iters: Megatron shuffles for as many steps as a run has; a branch keeps the trunk's order."""
+
+    @property
+    def start(self) -> tuple[Path, int] | None:
+        """Folder and step of the checkpoint where a branch that has none of its own begins."""
+        return (Path(self.trunk), self.step) if self.trunk else None
+
+
+OURS = {"xact": XactConfig, "launch": LaunchConfig, "branch": BranchConfig}
+AFTER = ("restart", "stop")
+CHOICES = {"kernels": backends.CHOICES, "signal": signals.CHOICES, "on_failure": AFTER, "on_nan": AFTER}
+CHOICES |= {"loader": ("megatron", "dali")}
+# What the DALI loader does not do; its batches reach Megatron as those of an external loader.
+NOT_WITH_DALI = (
+    "dataloader-type",
+    "full-validation",
+    "multiple-validation-sets",
+    "hybrid-context-parallel",
+    "phase-transition-iterations",
+)
 Setting = bool | int | str
 
 
@@ -123,6 +155,7 @@ class RunConfig:
     activation: ActivationConfig
     xact: XactConfig
     launch: LaunchConfig = LaunchConfig()
+    branch: BranchConfig = BranchConfig()
     source: Path | None = field(default=None, compare=False)
     tables: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Which table each Megatron argument stands in; grouping only, no meaning."""
@@ -132,6 +165,8 @@ class RunConfig:
         words = [
             word for key, value in self.megatron.items() for word in arguments.find(key)[0].tokens(value)
         ]
+        if self.xact.loader == "dali":
+            words += ["--dataloader-type", "external"]
         return words + (["--swiglu"] if self.activation.record().gated else [])
 
     def with_overrides(self, words: list[str] | tuple = (), sets: list[str] | tuple = ()) -> RunConfig:
@@ -164,7 +199,7 @@ class RunConfig:
         }
         if a.trainable is not None:
             activation["trainable"] = list(a.trainable)
-        ours = {table: _hyphenated(getattr(self, table)) for table in OURS}
+        ours = {table: _hyphenated(getattr(self, table)) for table in OURS if table != "branch" or self.branch.trunk}
         return {name: t for name, t in tables.items() if t} | {"activation": activation} | ours
 
 
@@ -172,6 +207,14 @@ def load(path: str | Path) -> RunConfig:
     """Reads and checks a config and its bases. FileNotFoundError, or ValueError naming key and place."""
     path = Path(path)
     return _resolve([(str(p), tables) for p, tables in _read(path, ())], path)
+
+
+def load_activation(path: str | Path) -> ActivationConfig:
+    """[activation] of a config and its bases, without asking Megatron's parser, which takes seconds, about the rest."""
+    entries: dict[str, object] = {}
+    for place, tables in _read(Path(path), ()):
+        entries = _merge_activation(entries, tables.get("activation", {}), f"{place} [activation]")
+    return _activation(entries, str(path))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Tables]]:
@@ -224,8 +267,24 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
             else:
                 known = ", ".join(f"[{t}]" for t in (*TABLES, "activation", *OURS))
                 raise ValueError(f"unknown table [{table}] ({where}); the tables are {known}")
+        _drop_other_data(megatron, seen)
     settings = {table: OURS[table](**entries) for table, entries in ours.items()}
+    refused = [key for key in NOT_WITH_DALI if megatron.get(key)]
+    if settings["xact"].loader == "dali" and refused:
+        raise ValueError(f'loader = "dali" in [xact] does not go with {refused[0]} = {megatron[refused[0]]!r}')
     return RunConfig(megatron, _activation(activation, str(source)), **settings, source=source, tables=homes)
+
+
+def _drop_other_data(megatron: dict[str, Value], seen: dict[str, str]) -> None:
+    """Data that a later layer names replace mock data, and the other way round: Megatron refuses both together."""
+    if megatron.get("mock-data") and "mock-data" in seen:
+        replaced = [name for name in arguments.DATA_PATHS if name not in seen]
+    elif any(name in seen for name in arguments.DATA_PATHS):
+        replaced = ["mock-data"]
+    else:
+        replaced = []
+    for name in replaced:
+        megatron.pop(name, None)
 
 
 def _check_argument(key: str, value: object, place: str) -> tuple[str, Value]:
@@ -293,7 +352,7 @@ def _check_ours(kind: type, entries: dict, place: str) -> dict[str, Setting]:
     return checked
 
 
-def _hyphenated(settings: XactConfig | LaunchConfig) -> dict[str, Setting]:
+def _hyphenated(settings: XactConfig | LaunchConfig | BranchConfig) -> dict[str, Setting]:
     return {f.name.replace("_", "-"): getattr(settings, f.name) for f in fields(settings)}
 
 

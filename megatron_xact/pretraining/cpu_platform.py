@@ -201,7 +201,28 @@ def _adapt_megatron() -> None:
         for name, value in list(vars(module).items()):
             if (plain := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
                 setattr(module, name, plain)
+    _mend_async_saves()
     _mend_adamw_resume()
+
+
+def _mend_async_saves() -> None:
+    """Let a worker process write checkpoints while training goes on.
+
+    It is forked, so that it has this platform, too. And what it is given is copied before training goes on, as from a
+    GPU: CPU tensors come to it as shared memory, which the next step would change while it writes.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import initialize
+
+    stock_worker, stock_preload = initialize.init_persistent_async_worker, FileSystemWriterAsync.preload_tensors
+
+    @functools.wraps(stock_preload)
+    def preload_tensors(*args, **kwargs):
+        buckets = stock_preload(*args, **kwargs)
+        return [(*names, (data, [(i, t.clone()) for i, t in tensors])) for *names, (data, tensors) in buckets]
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
+    initialize.init_persistent_async_worker = lambda rank, mp_mode: stock_worker(rank, "fork")
 
 
 def _mend_adamw_resume() -> None:

@@ -31,7 +31,18 @@ def prepare(config: RunConfig) -> dict[str, Value]:
             "use-distributed-optimizer needs TransformerEngine or NVIDIA's apex on a GPU: Megatron 0.19 cannot load "
             "its checkpoints back into torch's AdamW; install one (`xact doctor`) or leave the flag out"
         )
+    arguments |= _for_async_saves(config)
     return {key: value for key, value in arguments.items() if key not in config.megatron}
+
+
+def _for_async_saves(config: RunConfig) -> dict[str, Value]:
+    """What `async-save` needs besides: without the first, Megatron 0.19 drops it and saves synchronously."""
+    if not config.megatron.get("async-save"):
+        return {}
+    if config.megatron.get("async-strategy") == "nvrx" and not _installed("nvidia_resiliency_ext"):
+        raise ValueError("async-strategy = 'nvrx' needs the package nvidia-resiliency-ext; without it: 'mcore'")
+    strategy = "nvrx" if _installed("nvidia_resiliency_ext") else "mcore"
+    return {"use-persistent-ckpt-worker": True, "async-strategy": strategy}
 
 
 def missing_arguments(has_gpu: bool, has_te: bool) -> dict[str, Value]:

@@ -39,6 +39,17 @@ def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, objec
             _refuse_other_schedule(checkpoint, common.get("opt_param_scheduler") or {}, args)
 
 
+def unreadable(checkpoint: Path) -> str | None:
+    """Why what Megatron saved beside the tensors cannot be read; None: it can, or there is nothing of the kind."""
+    if not (checkpoint / ".metadata").is_file():
+        return None
+    try:
+        _common_state(checkpoint)
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        return f"is damaged: its common state cannot be read ({type(error).__name__})"
+    return None
+
+
 def _common_state(checkpoint: Path) -> dict:
     """What Megatron saved beside the tensors; {} where it saved nothing."""
     from megatron.core import dist_checkpointing

@@ -5,6 +5,7 @@ Most of it is told by the launching process before it starts ranks, so these cal
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
         (["--load", "nowhere"], 1, "load: no checkpoint in nowhere"),
         (["--lr-warmup-iters", "12"], 1, "lr-warmup-iters = 12 must be less than lr-decay-iters = 12"),
         (["--min-lr", "0.1"], 1, "min-lr = 0.1 must lie between 0 and lr = 0.01"),
+        (["--set", "xact.keep-every=4"], 1, "keep-every = 4 has no effect without keep-checkpoints"),
+        (
+            ["--save-retain-interval", "8", "--set", "xact.keep-checkpoints=2"],
+            1,
+            "save-retain-interval = 8 and keep-checkpoints = 2 both delete checkpoints",
+        ),
         (["--bf16"], 1, "bf16 with a trainable activation needs use-distributed-optimizer = true"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, (list, tuple)) else None,
@@ -150,36 +157,25 @@ def test_what_the_refusals_offer_is_accepted(runs, words):
     validate(config, 4 if words[0] == TP2[0] else 1)
 
 
-@pytest.mark.parametrize("resuming", [False, True], ids=["load", "resume"])
 @pytest.mark.parametrize(
     "damage, told",
     [
-        (
-            lambda run: (run / "latest_checkpointed_iteration.txt").write_text("twelve"),
-            "is corrupt: 'twelve'",
-        ),
-        (
-            lambda run: (run / "latest_checkpointed_iteration.txt").write_text("16"),
-            "iter_0000016 is missing or empty",
-        ),
-        (
-            lambda run: next((run / "iter_0000012").glob("*.distcp")).open("r+b").truncate(9000),
-            "has 9000 of at least",
-        ),
-        (lambda run: next((run / "iter_0000012").glob("*.distcp")).unlink(), "has 0 of at least"),
-        (
-            lambda run: (run / "iter_0000012" / ".metadata").unlink(),
-            "no .metadata, as when saving was cut off",
-        ),
+        (lambda checkpoint: next(checkpoint.glob("*.distcp")).open("r+b").truncate(9000), "has 9000 of at least"),
+        (lambda checkpoint: next(checkpoint.glob("*.distcp")).unlink(), "has 0 of at least"),
+        (lambda checkpoint: (checkpoint / ".metadata").unlink(), "no .metadata, as when saving was cut off"),
     ],
-    ids=["corrupt tracker", "missing checkpoint", "truncated shard", "missing shard", "cut off"],
+    ids=["truncated shard", "missing shard", "cut off"],
 )
-def test_a_damaged_checkpoint(runs, refused, tmp_path, damage, told, resuming):
+def test_a_damaged_checkpoint_that_was_asked_for_or_the_only_one(runs, refused, tmp_path, damage, told):
+    """Where there is another, and none was asked for, the run goes on from that: test_integrity.py."""
     folder = copy_of(runs["one"], tmp_path / "run")
-    damage(folder)
-    saving = ["--save", str(folder)] if resuming else []
-    line = refused("--load", str(folder), *saving)
+    damage(folder / "iter_0000012")
+    line = refused("--load", str(folder), "--ckpt-step", "12")
     assert told in line and "there are: iter_0000004" in line
+    for step in (4, 8):
+        shutil.rmtree(folder / f"iter_{step:07d}")
+    for saving in ([], ["--save", str(folder)]):
+        assert told in (line := refused("--load", str(folder), *saving)) and "no whole checkpoint in" in line
 
 
 @pytest.mark.parametrize(

@@ -435,18 +435,21 @@ def test_a_whole_checkpoint_is_found(saved, tiny):
 
 
 @pytest.mark.parametrize(
+    "word, message",
+    [("seven", "corrupt: 'seven' is no iter"), ("", "is empty"), ("9", "iter_0000009 is missing or empty")],
+)
+def test_a_useless_tracker_stops_those_who_want_one_checkpoint_but_no_run(saved, tiny, word, message):
+    (saved / "latest_checkpointed_iteration.txt").write_text(word)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_checkpoint(saved)
+    for save in ([], ["--save", str(saved)]):
+        validate(tiny.with_overrides(["--load", str(saved), *save]), 1)
+
+
+@pytest.mark.parametrize(
     "damage, message",
     [
-        (
-            lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text("seven"),
-            "corrupt: 'seven' is no iter",
-        ),
-        (lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text(""), "corrupt: ''"),
-        (
-            lambda c: (c.parent / "latest_checkpointed_iteration.txt").write_text("9"),
-            "iter_0000009 is missing or empty",
-        ),
-        (lambda c: shutil.rmtree(c), "iter_0000007 is missing or empty; .* there are: none"),
+        (lambda c: shutil.rmtree(c), "no whole checkpoint in .*: iter_0000007 is missing or empty"),
         (lambda c: (c / ".metadata").unlink(), "damaged: no .metadata"),
         (lambda c: (c / ".metadata").write_bytes(b"\x80\x04junk"), r"damaged: .metadata cannot be read"),
         (lambda c: (c / "__0_0.distcp").unlink(), "damaged: __0_0.distcp has 0 of at least"),
@@ -461,3 +464,13 @@ def test_a_damaged_checkpoint_is_told_before_training(saved, tiny, damage, messa
     for save in ([], ["--save", str(saved)]):  # also where it would be resumed
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             validate(tiny.with_overrides(["--load", str(saved), *save]), 1)
+
+
+def test_data_and_mock_data_replace_each_other(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[data]\ntrain-data-path = ["a"]\n[activation]\nname = "relu2"\n')
+    words = load(path).with_overrides(["--mock-data"]).arguments()
+    assert "--mock-data" in words and "--train-data-path" not in words
+    assert "--train-data-path" in load(path).arguments()
+    again = load(path).with_overrides(["--mock-data"]).with_overrides(["--data-path", "b"]).arguments()
+    assert "--mock-data" not in again and again[again.index("--data-path") + 1] == "b"

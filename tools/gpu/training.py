@@ -29,11 +29,12 @@ def training(context: Context, data: dict) -> str:
     with tempfile.TemporaryDirectory() as folder:
         corpus, run = Path(folder, "data"), Path(folder, "run")
         xact = (sys.executable, "-m", "megatron_xact")
-        _run(*xact, "data", "--source", "stdlib", "--out", corpus)
+        _run(*xact, "data", "prepare", "--source", "stdlib", "--out", corpus)
         _run(
             *xact, "pretrain", "configs/quickstart.toml", "--quiet", "--nproc-per-node", "1",
-            "--tensor-model-parallel-size", "1", "--bf16", "--train-iters", steps, "--lr-warmup-iters", "5",
-            "--lr-wsd-decay-iters", "5", "--log-interval", "1", "--train-data-path", corpus / "train_text_document",
+            "--tensor-model-parallel-size", "1", "--bf16", "--use-distributed-optimizer",
+            "--train-iters", steps, "--lr-warmup-iters", "5", "--lr-wsd-decay-iters", "5", "--log-interval", "1",
+            "--train-data-path", corpus / "train_text_document",
             "--valid-data-path", corpus / "validation_text_document", "--tokenizer-model", corpus / "tokenizer",
             "--save", run, "--load", run,
         )  # fmt: skip
