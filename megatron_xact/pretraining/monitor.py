@@ -1,4 +1,4 @@
-"""What is watched while Megatron trains: loss, speed, every layer's alphas, and the equality of replicas.
+"""What is watched while Megatron trains: loss, speed, layers' alphas and statistics, the equality of replicas.
 
 Megatron's trainer has no callbacks, but it calls `config.finalize_model_grads_func` once per step on every rank, after
 the pipeline has drained, and leaves a function it finds there in place. That is where this looks, so its collectives
@@ -7,7 +7,9 @@ cannot cross those of a schedule. At that moment the parameters are those after 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +19,17 @@ from typing import TextIO
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_xact.layers.activation import TrainableActivation
+from megatron_xact.pretraining import throughput
 from megatron_xact.pretraining.guards import check_replicas
+from megatron_xact.pretraining.statistics import Probe, Statistics, finite
 
 Alphas = dict[int, dict[str, float]]  # layer (from 1) -> parameter name -> effective value
 
@@ -30,23 +37,41 @@ Alphas = dict[int, dict[str, float]]  # layer (from 1) -> parameter name -> effe
 class Monitor:
     """One per rank. The last rank, where Megatron's own loggers live, is the one that shows and writes."""
 
-    def __init__(self, folder: Path | None, terminal: TextIO, guard_interval: int, telemetry_interval: int):
-        """folder: where the JSONL files go (None: nowhere); terminal: where people look; intervals in steps, 0: off."""
+    def __init__(
+        self,
+        folder: Path | None,
+        terminal: TextIO,
+        guard_interval: int,
+        telemetry_interval: int,
+        statistics_interval: int = 0,
+        progress: Callable[..., None] = lambda step=None: None,
+    ):
+        """folder: where the JSONL files go (None: nowhere); terminal: where people look; intervals in steps, 0: off.
+
+        progress: told of every microbatch, and of every step with `step=` the steps completed.
+        """
         self.folder = folder
         self.terminal = terminal
         self.guard_interval = guard_interval
         self.telemetry_interval = telemetry_interval
+        self.statistics_interval = statistics_interval
+        self.progress = progress
         self.model: list[torch.nn.Module] = []  # set once Megatron has built it
         self._losses: list[Tensor] = []  # [sum of losses, number of tokens], one per microbatch since the last report
         self._since: tuple[int, float] | None = None
+        self._optimizer: MegatronOptimizer | None = None
+        self._due: tuple[int, float, float] | None = None  # step, its loss, tokens per second: shown after its update
         self._bar: tqdm | None = None
         self._alphas: Alphas = {}
+        self._probe: Probe | None = None
 
     def watch_loss(self, forward_step: Callable) -> Callable:
-        """`forward_step` of Megatron's contract, whose training losses are also kept here."""
+        """`forward_step` of Megatron's contract, whose training losses and chosen statistics are also kept here."""
 
         def watched(data_iterator, model):
-            output, loss_function = forward_step(data_iterator, model)
+            self.progress()
+            with self._measuring(model):
+                output, loss_function = forward_step(data_iterator, model)
             return output, partial(self._keep, loss_function) if model.training else loss_function
 
         return watched
@@ -60,10 +85,15 @@ class Monitor:
         """Megatron's own, then a look at the model: the function for `config.finalize_model_grads_func`."""
         finalize_model_grads(model, *args, **kwargs)
         step = get_args().curr_iteration
+        self.progress(step=step)
+        if self._optimizer is None and _reports():
+            self._optimizer = _watched(model, self._after_update)
         if self.guard_interval and step % self.guard_interval == 0:
             check_replicas(self.model, mpu.get_tensor_model_parallel_group(), step)
         if self.telemetry_interval and step % self.telemetry_interval == 0:
             self._record_alphas(step)
+        if self._measures_at(step):
+            self._record_statistics(step)
         self._record_loss(step + 1)
 
     def close(self) -> None:
@@ -73,6 +103,9 @@ class Monitor:
             check_replicas(self.model, mpu.get_tensor_model_parallel_group(), step)
             if self.telemetry_interval:
                 self._record_alphas(step)
+        self.close_bar()
+
+    def close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -87,16 +120,30 @@ class Monitor:
         if not _reports() or not self._alphas:
             return
         self._append("alphas.jsonl", {"step": step, "alphas": self._alphas})
-        scalars = {
-            f"alpha/{name}/layer_{layer:03d}": value
-            for layer, values in self._alphas.items()
-            for name, value in values.items()
-        }
-        if writer := get_tensorboard_writer():
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-        if wandb := get_wandb_writer():
-            wandb.log(scalars, step)
+        _log_by_layer("alpha", self._alphas, step)
+
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def _measures_at(self, step: int) -> bool:
+        """Statistics are of the last data-parallel rank's first microbatch: the loggers are on one of its ranks."""
+        if not self.statistics_interval or step % self.statistics_interval:
+            return False
+        return mpu.get_data_parallel_rank() == mpu.get_data_parallel_world_size() - 1
+
+    def _measuring(self, chunk: torch.nn.Module) -> contextlib.AbstractContextManager:
+        """Around a microbatch's forward pass through a chunk of the model."""
+        if not chunk.training or not self._measures_at(get_args().curr_iteration):
+            return contextlib.nullcontext()
+        if self._probe is None:
+            self._probe = Probe(mpu.get_tensor_and_context_parallel_group(), mpu.get_context_parallel_group())
+        return self._probe.watching(_activations_of([chunk]))
+
+    def _record_statistics(self, step: int) -> None:
+        found: Statistics = _from_all_stages(self._probe.take())
+        if not _reports() or not found:  # a CUDA graph's layers are not measured
+            return
+        self._append("statistics.jsonl", {"step": step, "statistics": {n: finite(v) for n, v in found.items()}})
+        _log_by_layer("activation", found, step)
 
     # -- loss and speed -----------------------------------------------------------------------------------------------
 
@@ -111,26 +158,42 @@ class Monitor:
             total = torch.stack(self._losses).sum(0)
             torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
             if _reports():
-                self._show(step, (total[0] / total[1]).item(), now)
+                self._due = (step, (total[0] / total[1]).item(), self._speed(step, now))
             self._losses.clear()
         if step > self._since[0]:
             self._since = (step, now)
 
-    def _show(self, step: int, loss: float, now: float) -> None:
-        args = get_args()
+    def _speed(self, step: int, now: float) -> float:
+        """Tokens per second, of the whole run, since the last record; 0.0 where there is none."""
         since_step, since = self._since
-        tokens = (step - since_step) * args.global_batch_size * args.seq_length
-        speed = tokens / (now - since) if tokens else 0.0
+        tokens = (step - since_step) * get_args().global_batch_size * get_args().seq_length
+        return tokens / (now - since) if tokens else 0.0
+
+    def _after_update(self, grad_norm: float | None) -> None:
+        if self._due is not None:
+            step, loss, speed = self._due
+            self._due = None
+            self._show(step, loss, speed, grad_norm)
+
+    def _show(self, step: int, loss: float, speed: float, grad_norm: float | None) -> None:
+        args = get_args()
+        flops, mfu = throughput.model_flops(args, speed), throughput.mfu(args, speed)
         self._append(
             "progress.jsonl",
             {
                 "step": step,
                 "loss": loss,
+                "grad_norm": grad_norm,  # before clipping; null where the update was skipped
+                "learning_rate": get_canonical_lr_for_logging(self._optimizer.param_groups),  # of this step's update
                 "tokens_per_second": round(speed, 1),
+                "model_flops_per_second": flops,
+                "mfu": mfu,
+                "memory_bytes": throughput.memory_bytes(),  # of this rank, the last one
                 "tokens": step * args.global_batch_size * args.seq_length,
                 "time": time.time(),
             },
         )
+        _log({name: value for name, value in (("tokens-per-second", speed), ("mfu", mfu)) if value}, step)
         told = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {_alpha_range(self._alphas)}"
         if self._bar is None:
             self._bar = tqdm(
@@ -161,17 +224,64 @@ def gather_alphas(model: list[torch.nn.Module]) -> Alphas:
 
     A collective over the pipeline group; every rank gets the whole answer.
     """
-    here: Alphas = {}
+    modules = _activations_of(model).items()
+    return _from_all_stages({n: module.effective_values() for n, module in modules if module.activation.trainable})
+
+
+def _activations_of(model: list[torch.nn.Module]) -> dict[int, TrainableActivation]:
+    """This stage's activation modules by the number of their layer in the whole model, from 1."""
+    here = {}
     for chunk in model:
         for layer in chunk.modules():
             activation = getattr(getattr(layer, "mlp", None), "activation_func", None)
-            if isinstance(activation, TrainableActivation) and activation.activation.trainable:
-                here[layer.layer_number] = activation.effective_values()
+            if isinstance(activation, TrainableActivation):
+                here[layer.layer_number] = activation
+    return here
+
+
+def _from_all_stages(here: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     group = mpu.get_pipeline_model_parallel_group()
-    stages: list[Alphas] = [here] * group.size()
+    stages = [here] * group.size()
     if group.size() > 1:
         torch.distributed.all_gather_object(stages, here, group=group)
     return dict(sorted((layer, values) for stage in stages for layer, values in stage.items()))
+
+
+def _watched(model: list[torch.nn.Module], after_update: Callable[[float | None], None]) -> MegatronOptimizer:
+    """Megatron's optimizer, which from now on also tells the gradient norm of each of its updates.
+
+    It gives the norm to Megatron's loop alone. So `step` of this one object is replaced by one that calls it, as
+    Megatron does itself for its CUDA graph of the optimizer.
+    """
+    optimizer = get_model_config(model[0]).grad_scale_func.__self__
+    step = optimizer.step
+
+    def watched():
+        successful, grad_norm, zeros = step()
+        after_update(float(grad_norm) if successful and grad_norm is not None else None)
+        return successful, grad_norm, zeros
+
+    optimizer.step = watched
+    return optimizer
+
+
+def _log_by_layer(kind: str, by_layer: dict[int, dict[str, float]], step: int) -> None:
+    """To TensorBoard and W&B, as `kind`/name/layer_NNN."""
+    scalars = {
+        f"{kind}/{name}/layer_{layer:03d}": value
+        for layer, values in by_layer.items()
+        for name, value in values.items()
+        if math.isfinite(value)
+    }
+    _log(scalars, step)
+
+
+def _log(scalars: dict[str, float], step: int) -> None:
+    if writer := get_tensorboard_writer():
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+    if (wandb := get_wandb_writer()) and wandb.run is not None:  # Megatron closes it when training ends
+        wandb.log(scalars, step)
 
 
 def _reports() -> bool:

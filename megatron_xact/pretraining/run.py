@@ -1,13 +1,18 @@
 """`xact pretrain`: a config becomes Megatron's arguments, and Megatron's own trainer runs them.
 
-Started by hand it checks the config and starts one process per rank through torchrun; started by torchrun (or anything
-else that sets RANK and WORLD_SIZE) it is one of the ranks. What a run writes lies in its `save` folder:
+Started by hand it checks the config and becomes the supervisor that starts one process per rank through torchrun (a
+single process trains by itself); started by torchrun, by srun for a supervisor, or by anything else that sets RANK and
+WORLD_SIZE, it is one of the ranks. What a run writes lies in its `save` folder:
 
-    iter_*/, latest_checkpointed_iteration.txt   Megatron's distributed checkpoints
+    iter_*/, latest_checkpointed_iteration.txt   Megatron's distributed checkpoints, with checksums (integrity.json)
+    branches/step-S+N/                           cooldowns that left this run (--branch-from S --cooldown-steps N)
     config.toml                                  the resolved config: `xact pretrain` runs it again, or resumes
     progress.jsonl, alphas.jsonl                 loss and speed, every layer's activation parameters
-    report.json, plots/, tensorboard/            the result in numbers and pictures; Megatron's scalars and the alphas
-    logs/                                        with --quiet, what each rank printed
+    statistics.jsonl                             every layer's sparsity and outliers
+    report.json, plots/, tensorboard/            the result in numbers and pictures; Megatron's scalars and ours
+    failures.jsonl, requeue                      what failed and what was done; there after a signal: saved, to go on
+    logs/                                        each rank's last word and, after a hang, its stacks; with --quiet,
+                                                 what it printed
 """
 
 from __future__ import annotations
@@ -18,35 +23,83 @@ import io
 import json
 import os
 import shlex
-import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_xact.pretraining import config as config_file
+from megatron_xact.pretraining import exits, failures, launchers, signals, supervisor
 from megatron_xact.pretraining.config import RunConfig, validate
+from megatron_xact.pretraining.launchers import Plan
+from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
+
+if TYPE_CHECKING:
+    from megatron_xact.pretraining.checkpointing.choice import Ranks
 
 
 def main(args: argparse.Namespace) -> int:
     """The subcommand. Raises ValueError or OSError, before anything is written, for what cannot run here."""
-    config = config_file.load(args.config).with_overrides(args.overrides, args.set)
+    config = _asked_for(args)
     if args.print_args:
         print(shlex.join(config.arguments()))
         return 0
     if "RANK" not in os.environ:
-        from megatron_xact.pretraining.platform import default_processes
-
-        processes = args.nproc_per_node or default_processes(config)
-        validate(config, processes)
-        _let_megatron_check(config, processes)
-        if processes > 1:
-            _start_ranks(processes)
+        plan = _plan(config, args)
+        if signals.received():
+            print(f"xact: ended by {signals.received()} before anything was started", file=sys.stderr)
+            return exits.PREEMPTED
+        if args.launch_plan:
+            print(plan.dump())
+            return 0
+        if len(plan.ranks) > 1:
+            # A thread per core in all: ranks that each take every core would only wait for each other.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.per_node)))
+            supervisor.replace_this_process(plan, args.node_rank, args.rendezvous)
         _be_the_only_rank()
+    signals.install(config.launch.signal)
+    run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
     with _output(config, args.quiet) as terminal:
-        return _train(config, terminal)
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        with Watchdog(run_folder, rank, ranks, config.launch.hang_timeout, terminal) as watchdog:
+            return _train(config, run_folder, watchdog, terminal)
+
+
+def _asked_for(args: argparse.Namespace) -> RunConfig:
+    """The config with the command line's overrides, or the branch of that run that the command line asks for."""
+    config = config_file.load(args.config)
+    if args.branch_from is None and args.cooldown_steps is None:
+        return config.with_overrides(args.overrides, args.set)
+    from megatron_xact.pretraining.branch import branch_of
+
+    if args.branch_from is None or args.cooldown_steps is None:
+        raise ValueError("--branch-from STEP and --cooldown-steps N belong together: one of them is missing")
+    return branch_of(config, args.overrides, args.set, args.branch_from, args.cooldown_steps)
+
+
+def _plan(config: RunConfig, args: argparse.Namespace) -> Plan:
+    """What a launcher must know, of a config that can run on these machines."""
+    from megatron_xact.pretraining.platform import default_processes
+
+    per_node = args.nproc_per_node or default_processes(config)
+    if args.nnodes > 1 and not (args.launch_plan or args.rendezvous):
+        raise ValueError("--nnodes needs --rendezvous HOST:PORT, an address and a free port of machine number 0")
+    plan = Plan(
+        words=sys.argv[sys.argv.index("pretrain") + 1 :] if "pretrain" in sys.argv else [],
+        run=str(Path(config.megatron["save"]).absolute()) if "save" in config.megatron else None,
+        nodes=args.nnodes,
+        per_node=per_node,
+        signal=config.launch.signal,
+        max_restarts=config.launch.max_restarts,
+        on_failure=config.launch.on_failure,
+        on_nan=config.launch.on_nan,
+    )
+    validate(config, len(plan.ranks))
+    _let_megatron_check(config, len(plan.ranks))
+    return plan
 
 
 def _let_megatron_check(config: RunConfig, processes: int) -> None:
@@ -77,19 +130,10 @@ def _reason(error: Exception) -> str:
     return f"Megatron refuses these arguments: {where.line} ({Path(where.filename).name}, line {where.lineno})"
 
 
-def _start_ranks(processes: int) -> None:
-    """Replace this process by torchrun with the same command line, which comes back here once per rank."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    os.execv(sys.executable, [sys.executable, *launcher, "-m", "megatron_xact", *sys.argv[1:]])
-
-
 def _be_the_only_rank() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launchers.free_port()),
     }  # fmt: skip
 
 
@@ -114,6 +158,8 @@ def _output(config: RunConfig, quiet: bool):
     except BaseException as error:
         if not isinstance(error, (SystemExit, ValueError, OSError)):  # the user's errors are told in one line
             traceback.print_exc()
+            if "XACT_ATTEMPT" in os.environ:  # the launcher tells it, of the rank that failed first
+                raise SystemExit(exits.FAILED) from None
             print(f"xact: rank {os.environ['RANK']} stopped; its output is in {log.name}", file=terminal)
         raise
     finally:
@@ -124,14 +170,16 @@ def _output(config: RunConfig, quiet: bool):
         log.close()
 
 
-def _train(config: RunConfig, terminal: TextIO) -> int:
+def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, terminal: TextIO) -> int:
     from megatron_xact.pretraining import platform
+    from megatron_xact.pretraining.checkpointing.choice import Ranks
 
-    run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
     try:
         validate(config)
-        words = _words(config, platform.prepare(config), run_folder)
-        args, container, monitor = _set_up(config, words, run_folder, terminal)
+        added = platform.prepare(config)
+        ranks = Ranks()
+        words = _words(config, added, run_folder) + _choose_checkpoint(config, ranks, terminal)
+        args, container, monitor, keeper = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
         if os.environ["RANK"] != "0":
             raise SystemExit(2) from None  # every rank fails alike; one of them says so
@@ -140,30 +188,88 @@ def _train(config: RunConfig, terminal: TextIO) -> int:
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
+    from torch.distributed.checkpoint import CheckpointException
 
-    from megatron_xact.pretraining import gpt
+    from megatron_xact.pretraining import gpt, stopping
+    from megatron_xact.pretraining.checkpointing.folder import write_text
+    from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
     from megatron_xact.pretraining.guards import ReplicaMismatch
 
     if args.rank == 0 and run_folder is not None:
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.toml").write_text(config.dump())
+        write_text(run_folder / "config.toml", config.dump())
     try:
         pretrain(
             container,
-            gpt.datasets_provider,
+            stopping.unless_asked(
+                gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
+            ),
             ModelType.encoder_or_decoder,
             monitor.watch_loss(gpt.forward_step),
             get_embedding_ranks=gpt.embedding_ranks,
+            store=ranks.store,
         )
         monitor.close()
         _tell_results(args, config, monitor, run_folder, terminal)
+    except SystemExit as ending:  # Megatron's loop ended early
+        if ending.code:
+            kind, reason = failures.of_megatrons_exit(ending.code)
+            return _fail(watchdog, kind, reason, terminal)
+        monitor.close_bar()
+        signal = stopping.flag_requeue(run_folder, args)
+        if signal and args.rank == 0 and not watchdog.supervised:
+            print(f"xact: ended by {signal}; the same command goes on", file=terminal, flush=True)
+        if signal and args.world_size == 1 and not watchdog.supervised:
+            return exits.PREEMPTED
     except ReplicaMismatch as error:
-        print(f"xact: error: {error}", file=terminal)
-        return 1
+        return _fail(watchdog, "replicas", str(error), terminal)
+    except (NoSpace, CheckpointException) as error:
+        if args.rank != 0:  # every rank fails alike; the first one says so
+            raise SystemExit(exits.FAILED) from None
+        told = why_not_written(error, run_folder) if isinstance(error, CheckpointException) else str(error)
+        return _fail(watchdog, "error", told, terminal)
     except (ValueError, OSError) as error:
+        if is_disk_full(error):
+            return _fail(watchdog, "error", why_not_written(error, run_folder), terminal)
         raise RuntimeError("training stopped by an unexpected error") from error  # not the user's: show the traceback
+    except RuntimeError as error:
+        kind, reason = failures.of_exception(error)
+        if kind != "nan":
+            raise
+        return _fail(watchdog, kind, reason, terminal)
+    finally:
+        if keeper is not None:
+            keeper.close()
     torch.distributed.destroy_process_group()
     return 0
+
+
+def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
+    """What ended this rank, told in one line, by the launcher where there is one; the exit code."""
+    watchdog.end(kind, reason)
+    if not watchdog.supervised:
+        print(f"xact: error: {reason}", file=terminal, flush=True)
+    return exits.of_kind(kind)
+
+
+def _choose_checkpoint(config: RunConfig, ranks: Ranks, terminal: TextIO) -> list[str]:
+    """The words that make Megatron load what all ranks have agreed on; what was found is told once."""
+    from megatron_xact.pretraining import arguments
+    from megatron_xact.pretraining.checkpointing import choice
+
+    args = arguments.parse(config.arguments())
+    if args.load is None or "://" in args.load:
+        return []
+    chosen, lines = choice.settle(args, config.branch.start, config.xact.checksums, ranks)
+    if ranks.rank == 0:
+        for line in filter(None, lines):
+            print(f"xact: {line}", file=terminal, flush=True)
+    if chosen.step is None or args.ckpt_step is not None:
+        return []
+    words = ["--ckpt-step", str(chosen.step)]
+    if chosen.checkpoint.parent.resolve() != Path(args.load).resolve():  # a branch leaves its trunk, and its schedule
+        words += ["--load", str(chosen.checkpoint.parent), "--override-opt-param-scheduler"]
+    return words
 
 
 def _words(config: RunConfig, added: dict, run_folder: Path | None) -> list[str]:
@@ -173,20 +279,30 @@ def _words(config: RunConfig, added: dict, run_folder: Path | None) -> list[str]
         added["tensorboard-dir"] = str(run_folder / "tensorboard")
     # Megatron's fused bias+activation paths know its own activations only; ours does not go through them.
     added |= {"no-bias-gelu-fusion": True, "no-bias-swiglu-fusion": True}
+    if "rerun-mode" not in config.megatron:
+        # Its default runs a step with a NaN again, then saves a newest checkpoint on which every resume fails.
+        added["rerun-mode"] = "disabled"
+    if "distributed-timeout-minutes" not in config.megatron and config.launch.hang_timeout:
+        # NCCL's own time-out, 10 minutes, would end all ranks before the watchdog has named the one at fault.
+        added["distributed-timeout-minutes"] = 5 + PATIENCE * config.launch.hang_timeout // 60
     return config.arguments() + [word for key, value in added.items() for word in arguments.find(key)[0].tokens(value)]
 
 
-def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, terminal: TextIO):
-    """Megatron's arguments, checked and made global; its config container with our spec and hooks; the monitor."""
+def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, terminal: TextIO, progress: Callable):
+    """Megatron's arguments, checked and made global; its config container with our spec and hooks; who hooks in."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_xact.kernels.backends import select_backend
     from megatron_xact.layers.specs import decoder_block
+    from megatron_xact.pretraining import stopping
+    from megatron_xact.pretraining.checkpointing.keeper import Keeper
     from megatron_xact.pretraining.monitor import Monitor
     from megatron_xact.pretraining.optimizer_policy import apply_policy, make_16_bit_runs_savable
 
     if config.xact.sample_tokens and config.megatron.get("pipeline-model-parallel-size", 1) > 1:
         raise ValueError("sample-tokens needs pipeline-model-parallel-size = 1: set sample-tokens = 0 in [xact]")
+    select_backend(config.xact.kernels)
     sys.argv = ["xact pretrain", *words]
     args = parse_and_validate_args()
     # Saved with every checkpoint, so that one can tell what its alphas belong to.
@@ -194,24 +310,34 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
-    monitor = Monitor(run_folder, terminal, config.xact.guard_interval, config.xact.telemetry_interval)
+    intervals = config.xact.guard_interval, config.xact.telemetry_interval, config.xact.statistics_interval
+    monitor = Monitor(run_folder, terminal, *intervals, progress=progress)
+    stopping.arm(args, run_folder)
+
+    keeper = None
+    if run_folder is not None and "://" not in args.save and not args.skip_train:
+        keeper = Keeper(run_folder, config.xact, terminal)
 
     def attach(chunks: list) -> list:
+        stopping.leave_if_asked()
         monitor.model = chunks
+        if keeper is not None:
+            keeper.check_start(chunks)
         apply_policy(monitor.activation_parameters(), config.activation.lr_mult, config.activation.weight_decay)
         make_16_bit_runs_savable(chunks)
         return chunks
 
     model.post_wrap_hooks.append(attach)
-    model.transformer.finalize_model_grads_func = monitor.finalize_model_grads
-    return args, pretrain_cfg_container_from_args(args, model), monitor
+    watch = keeper.watch if keeper is not None else lambda function: function
+    model.transformer.finalize_model_grads_func = watch(monitor.finalize_model_grads)
+    return args, pretrain_cfg_container_from_args(args, model), monitor, keeper
 
 
 def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, terminal: TextIO) -> None:
     """After training: a sample on request, then plots and perplexities by the last rank, which has the loggers."""
     from megatron.training import get_tensorboard_writer, get_tokenizer
 
-    from megatron_xact.pretraining import report
+    from megatron_xact.pretraining import plot, report
     from megatron_xact.pretraining.sample import generate
 
     text = None
@@ -228,7 +354,7 @@ def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, ter
         results = report.read(run_folder, _unigram_loss(args))
         plots = []
         if results.loss:
-            plots = report.plot(results, run_folder / "plots")
+            plots = plot.draw(results, run_folder / "plots")
             (run_folder / "report.json").write_text(json.dumps(report.figures(results), indent=1) + "\n")
         lines += [report.summary(results), *(f"plot         {path}" for path in plots)]
         lines += [f"checkpoints  {run_folder}", f"config       {run_folder / 'config.toml'}"]
@@ -238,10 +364,13 @@ def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, ter
 
 
 def _unigram_loss(args) -> float | None:
-    """Of the validation data, in nats per token, where `xact data` made it and measured it."""
+    """Of the validation data, in nats per token, where `xact data prepare` made it and measured it."""
     from megatron_xact.pretraining.data import manifest
 
     folder = Path(args.valid_data_path[0]).parent if args.valid_data_path else None
     if folder is None or not (folder / manifest.NAME).is_file():
         return None
-    return manifest.load(folder).unigram_nats
+    try:
+        return manifest.load(folder).unigram_nats
+    except ValueError:  # of another version: no reason to fail a run that has ended well
+        return None

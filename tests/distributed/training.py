@@ -152,6 +152,7 @@ JOBS = {
     "one's config.toml": Job(config_of="one"),
     "one@8": Job((), 1, ("one", 8)),
     "dp2@8": Job(DISTRIBUTED, 2, ("dp2", 8)),
+    "dp2@8 by dali": Job((*DISTRIBUTED, "--num-workers", "1", "--set", "xact.loader=dali"), 2, ("dp2", 8)),
     "bf16 tp2 dp2@8": Job(("--bf16", *TP2, *DISTRIBUTED), 4, ("bf16 tp2 dp2", 8)),
     "killed": Job(TP2, 2, hook="if (step, rank) == (10, 1): os.kill(os.getpid(), signal.SIGKILL)", ends_well=False),
     "killed, again": Job(TP2, 2, again_after="killed"),

@@ -1,0 +1,94 @@
+"""What each rank says of itself while it runs, in RUN/logs/ranks/NNNNN.json, for the other ranks and the launcher.
+
+Files, not the TCPStore of torch: they outlive any rank, while the store dies with the process that holds it (or stops
+with it); the launcher can read them without torch, and so can a person. They cost one small write per rank every few
+seconds, in the folder that the checkpoints go to anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FLAG = "requeue"  # RUN/requeue: a signal ended the run in order, it is saved and to go on
+
+
+@dataclass
+class Status:
+    attempt: str  # which start of the run this rank belongs to (XACT_ATTEMPT)
+    rank: int
+    host: str
+    pid: int
+    beat: int = 0  # counts up; clocks of different hosts need not agree
+    step: int = -1  # completed steps; -1 before the first
+    time: float = 0.0  # of the last beat, seconds since the epoch
+    signal: str | None = None  # received, e.g. by torchrun when another rank failed
+    where: str = ""  # the innermost call of the main thread, once no step was completed in time
+    waiting: bool = False  # that call waits for other ranks
+    kind: str | None = None  # how it ended: "done", or a kind of failures.py; None: it has not said
+    reason: str = ""
+    culprit: int | None = None  # the rank whose fault it is, where it is not this one's
+
+    def write(self, folder: Path) -> None:
+        write_json(path(folder, self.rank), asdict(self))
+
+
+def path(folder: Path, rank: int) -> Path:
+    return folder / f"{rank:05d}.json"
+
+
+def folder_of(run: Path) -> Path:
+    return run / "logs" / "ranks"
+
+
+def read(folder: Path, attempt: str, ranks: range) -> dict[int, Status]:
+    """The statuses of those of `ranks` that have written one in this attempt."""
+    found = {}
+    for rank in ranks:
+        entry = read_json(path(folder, rank))
+        if entry.get("attempt") == attempt:
+            found[rank] = Status(**entry)
+    return found
+
+
+def host_name() -> str:
+    """Of this node, as the scheduler calls it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def write_json(file: Path, content: dict) -> None:
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content) + "\n")
+    os.replace(partial, file)
+
+
+def read_json(file: Path) -> dict:
+    """{} where there is no such file, or not a whole one."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def latest_step(run: Path) -> int:
+    """The step of the newest complete checkpoint, by Megatron's tracker file; 0: there is none."""
+    try:
+        word = (run / "latest_checkpointed_iteration.txt").read_text().strip()
+    except OSError:
+        return 0
+    return int(word) if word.isdecimal() else 0
+
+
+def processes_of(attempt: str) -> list[int]:
+    """The processes of this host that belong to an attempt, by their environment; [] where there is no /proc."""
+    mark, found = f"XACT_ATTEMPT={attempt}\0".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found

@@ -1,0 +1,172 @@
+"""A thread on every rank that says the rank is alive, and ends it when no step is completed for too long.
+
+When a rank stops, the others wait for it in a collective, for ever or until NCCL's time-out, which names no culprit.
+Here each rank first writes its Python stacks to RUN/logs/stacks-rankN.txt. Then it looks at the others' statuses: one
+that does not beat any more is stopped (or its machine is lost); one that beats but is not inside a collective, as the
+rest are, is asleep or busy in Python; else the one with the fewest steps is behind. All ranks come to the same verdict,
+and end with the exit code for a hang, so that the launcher acts.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from megatron_xact.pretraining import exits, failures, signals
+from megatron_xact.pretraining import status as status_files
+from megatron_xact.pretraining.status import Status
+
+PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save
+_SLOW = ("save_checkpoint",)
+SILENT = "it is not heard of any more: stopped, or its node is lost"
+
+
+class Watchdog(threading.Thread):
+    """`with Watchdog(...) as watchdog:` around a rank's work; `progress()` whenever something got done."""
+
+    def __init__(self, run: Path | None, rank: int, ranks: int, timeout: float, terminal: TextIO):
+        """run: the run's folder (None: no statuses, no verdict on others); timeout: in seconds, 0: none."""
+        super().__init__(name="xact-watchdog", daemon=True)
+        self.folder = status_files.folder_of(run) if run is not None else None
+        self.ranks = range(ranks)
+        self.timeout = timeout
+        self.terminal = terminal
+        self.interval = min(10.0, max(0.2, timeout / 20)) if timeout else 10.0
+        self.status = Status(os.environ.get("XACT_ATTEMPT", ""), rank, status_files.host_name(), os.getpid())
+        self.supervised = bool(self.status.attempt)
+        self._progress = time.monotonic()
+        self._steps_here = 0
+        self._over = threading.Event()
+        self._writing = threading.Lock()
+
+    def __enter__(self) -> Watchdog:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self.start()
+        return self
+
+    def progress(self, step: int | None = None) -> None:
+        """Something got done: a microbatch, or with `step` that many steps of the run. Cheap; called by the trainer."""
+        self._progress = time.monotonic()
+        if step is not None:
+            self.status.step = step
+            self._steps_here += 1
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.end("done", "")
+        elif isinstance(error, (SystemExit, ValueError, OSError)):  # SystemExit: another rank tells it
+            self.end("user", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self.end("done", "interrupted")
+        else:
+            self.end(*failures.of_exception(error))
+
+    def end(self, kind: str, reason: str, culprit: int | None = None) -> None:
+        """The rank's last word; only the first one counts."""
+        self._over.set()
+        with self._writing:
+            if self.status.kind is None:
+                self.status.kind, self.status.reason, self.status.culprit = kind, reason, culprit
+                self._write()
+
+    def run(self) -> None:
+        while not self._over.wait(self.interval):
+            self._beat()
+            if self.timeout and time.monotonic() - self._progress > self._allowed():
+                self._tell_hang()
+
+    def _beat(self) -> None:
+        stalled = self.timeout and time.monotonic() - self._progress > self.timeout / 2
+        where, waiting = position(_main_frame()) if stalled else ("", False)
+        with self._writing:
+            if self.status.kind is None:
+                self.status.beat += 1
+                self.status.where, self.status.waiting = where, waiting
+                self._write()
+
+    def _write(self) -> None:
+        self.status.time, self.status.signal = time.time(), signals.received()
+        if self.folder is not None:
+            try:
+                self.status.write(self.folder)
+            except OSError as error:  # a full or hiccuping file system must not end the training
+                print(f"xact: cannot write {self.folder}: {error}", file=sys.stderr)
+
+    def _allowed(self) -> float:
+        saving = any(frame.f_code.co_name in _SLOW for frame, _ in traceback.walk_stack(_main_frame()))
+        return self.timeout * (PATIENCE if saving or not self._steps_here else 1)
+
+    def _tell_hang(self) -> None:
+        if self.folder is not None:
+            with open(self.folder.parent / f"stacks-rank{self.status.rank}.txt", "a") as file:
+                print(f"{time.ctime()}: no progress for {self._allowed():.0f} s", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+        stood_still = self._progress
+        rank, reason = self._verdict()
+        if self._over.is_set() or self._progress != stood_still:  # it ended, or goes on after all
+            return
+        seconds = time.monotonic() - stood_still
+        self.end("hang", f"no progress for {seconds:.0f} s: {reason}", rank)
+        if self.supervised and reason == SILENT:
+            self._end_stopped(rank)
+        elif not self.supervised:
+            told = f"xact: error: rank {rank}, no progress for {seconds:.0f} s: {reason}"
+            print(told, file=self.terminal, flush=True)
+        os._exit(exits.HANG)
+
+    def _end_stopped(self, rank: int) -> None:
+        """A stopped process takes no signal but this one, and the launcher would wait for it. Only on this host."""
+        for culprit in status_files.read(self.folder, self.status.attempt, range(rank, rank + 1)).values():
+            if culprit.host == self.status.host and culprit.pid in status_files.processes_of(self.status.attempt):
+                os.kill(culprit.pid, signal.SIGKILL)
+
+    def _verdict(self) -> tuple[int, str]:
+        """(the culprit, what it does), from two looks at every rank's status, some beats apart."""
+        if self.folder is None:
+            return self.status.rank, f"it is in {self.status.where}"
+        looks = []
+        for _ in range(2):
+            for _ in range(4):
+                self._beat()
+                time.sleep(self.interval)
+            looks.append(status_files.read(self.folder, self.status.attempt, self.ranks))
+        return verdict(*looks, self.ranks)
+
+
+def verdict(before: dict[int, Status], now: dict[int, Status], ranks: range) -> tuple[int, str]:
+    """Which rank holds up the others, and what it does; `before` and `now`: two looks, some beats apart."""
+    for rank in ranks:
+        if rank not in now:
+            return rank, "it never began"
+    silent = [s for s in now.values() if s.kind is None and s.rank in before and s.beat == before[s.rank].beat]
+    if silent:
+        first = min(silent, key=lambda s: s.time)
+        return first.rank, SILENT
+    busy = [s for s in now.values() if s.where and not s.waiting]
+    first = min(busy or now.values(), key=lambda s: (s.step, s.rank))
+    if 0 < len(busy) < len(now):
+        return first.rank, f"it is in {first.where}, and others wait for it"
+    return first.rank, f"it is in {first.where}; no rank stands out, this one has done the fewest steps"
+
+
+def position(frame: FrameType) -> tuple[str, bool]:
+    """("function (file, line n)" of the innermost call, whether it waits for other ranks)."""
+    frames = list(traceback.walk_stack(frame))
+    waiting = any("torch/distributed/" in frame.f_code.co_filename for frame, _ in frames)
+    innermost, line = frames[0]
+    file = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
+    return f"{innermost.f_code.co_name} ({file}, line {line})", waiting
+
+
+def _main_frame() -> FrameType:
+    return sys._current_frames()[threading.main_thread().ident]

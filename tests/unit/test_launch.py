@@ -1,0 +1,311 @@
+"""What a launcher decides: who failed first, what is started again and how often, the commands, the scripts' words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_xact.pretraining import exits, failures, signals, status
+from megatron_xact.pretraining.launchers import Launcher, Plan, adopt_slurm_rank
+from megatron_xact.pretraining.nodes import Nodes
+from megatron_xact.pretraining.status import FLAG, Status
+from megatron_xact.pretraining.supervisor import Restarts, Supervisor
+from megatron_xact.pretraining.watchdog import position, verdict
+
+ROOT = Path(__file__).parents[2]
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def ranks(*changes: dict) -> dict[int, Status]:
+    """Statuses of as many ranks, two per host, at step 7, each with its changes."""
+    made = {}
+    for rank, change in enumerate(changes):
+        made[rank] = replace(Status("a", rank, f"n{1 + rank // 2}", 100 + rank, 5, 7, 1000.0), **change)
+    return made
+
+
+# Signals
+
+
+def test_a_signal_is_remembered_and_acted_upon_later_and_handlers_are_given_back(monkeypatch):
+    monkeypatch.delenv("XACT_SIGNAL", raising=False)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    acted = []
+    with signals.remembering():
+        assert signals.received() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received() == "SIGUSR1"
+        signals.when_received(lambda: acted.append("at once"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert acted == ["at once"] * 2
+    assert signals.received() is None
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_the_signal_is_the_launchers_choice(monkeypatch):
+    monkeypatch.setenv("XACT_SIGNAL", "SIGUSR2")
+    with signals.remembering():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert signals.received() == "SIGUSR2"
+
+
+def test_the_supervisor_and_a_rank_before_its_config_import_nothing_heavy():
+    code = "import megatron_xact.pretraining.supervisor, megatron_xact.pretraining.command, sys; "
+    code += "print([name for name in ('torch', 'megatron', 'numpy', 'psutil') if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Who failed
+
+
+@pytest.mark.parametrize(
+    "error, kind, reason",
+    [
+        (RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:9366."), "network", "closed by peer"),
+        (RuntimeError("NCCL error in: x.cpp:77, remote process exited"), "network", "NCCL error"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "device", "illegal memory access"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "error", "out of memory"),
+        (
+            RuntimeError("Rank 3, node n, device 1, iteration 9: Unexpected result nan (message='found NaN in x')"),
+            "nan",
+            "found NaN in x: nan",
+        ),
+        (KeyError("a"), "error", "KeyError: 'a'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_an_exception_means(error, kind, reason):
+    found = failures.of_exception(error)
+    assert found[0] == kind and reason in found[1] and "\n" not in found[1]
+
+
+def test_an_exception_that_only_carries_another_is_the_other():
+    outer = RuntimeError("training stopped by an unexpected error")
+    outer.__cause__ = ValueError("bad\nfile")
+    assert failures.of_exception(outer) == ("error", "ValueError: bad file")
+
+
+DONE = {"kind": "done"}
+BROKEN = {"kind": "network", "reason": "Connection closed by peer", "time": 1003.0}
+
+
+@pytest.mark.parametrize(
+    "statuses, rank, kind",
+    [
+        (ranks(BROKEN, BROKEN, {}, BROKEN), 2, "killed"),
+        # The launcher ended rank 0 by force, because rank 3 had been killed before.
+        (ranks({"signal": "SIGTERM", "time": 990.0}, BROKEN, BROKEN, {}), 3, "killed"),
+        (ranks({"time": 1020.0}, BROKEN, BROKEN, {"time": 1001.0}), 3, "killed"),
+        (ranks({}, {"kind": "error", "reason": "KeyError", "time": 1004.0}, BROKEN, {}), 1, "error"),
+        (ranks({"kind": "hang", "culprit": 2}, {}, {}, {}), 2, "hang"),
+        (ranks(BROKEN, BROKEN, BROKEN, {"kind": "device", "time": 1005.0}), 3, "device"),
+        (ranks({"kind": "nan", "time": 2.0}, {"kind": "nan", "time": 1.0}, DONE, DONE), 1, "nan"),
+        (ranks(BROKEN, {**BROKEN, "time": 1001.0}, BROKEN, BROKEN), 1, "network"),
+        (ranks(DONE, DONE, DONE), 3, "killed"),
+        ({}, None, "launcher"),
+    ],
+)
+def test_the_first_cause_is_found(statuses, rank, kind):
+    failure = failures.root_cause(statuses, range(4))
+    assert (failure.rank, failure.kind) == (rank, kind)
+    if rank in statuses:
+        assert f"rank {rank} on n{1 + rank // 2}, after step 7: " in failure.line()
+
+
+WAITING = {"where": "all_reduce (distributed_c10d.py, line 1)", "waiting": True, "beat": 9}
+ASLEEP = {"where": "read (files.py, line 5)", "waiting": False, "beat": 9}
+
+
+@pytest.mark.parametrize(
+    "now, culprit, words",
+    [
+        (ranks(WAITING, WAITING, {**WAITING, "beat": 5}, WAITING), 2, "not heard of any more"),
+        (ranks(WAITING, WAITING, WAITING, ASLEEP), 3, "read (files.py, line 5), and others wait"),
+        (ranks(WAITING, {**WAITING, "step": 6}, WAITING, WAITING), 1, "no rank stands out"),
+        (ranks(WAITING, WAITING, WAITING), 3, "never began"),
+    ],
+)
+def test_the_rank_that_holds_up_the_others_is_found(now, culprit, words):
+    rank, said = verdict(ranks({}, {}, {}, {}), now, range(4))
+    assert rank == culprit and words in said
+
+
+def test_the_position_is_of_the_innermost_call_and_knows_a_collective():
+    here, waiting = position(sys._getframe())
+    assert here.startswith("test_the_position") and "test_launch.py" in here and not waiting
+    code = compile("import sys\ndef reduce(): return sys._getframe()\n", "/x/torch/distributed/c.py", "exec")
+    exec(code, names := {})
+    assert position(names["reduce"]()) == ("reduce (distributed/c.py, line 2)", True)
+
+
+# What is done about it
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """(plan, the supervisor's decision after ranks said this)."""
+    plan = Plan([], str(tmp_path), per_node=4, max_restarts=2)
+
+    def decide(statuses: dict[int, Status], returned: int = 1) -> int | None:
+        for entry in statuses.values():
+            entry.write(status.folder_of(tmp_path))
+        return supervisor._decide("a", returned)
+
+    status.folder_of(tmp_path).mkdir(parents=True)
+    supervisor = Supervisor(plan, Launcher(), Nodes(tmp_path, 0, 1))
+    return plan, decide
+
+
+def test_restarts_are_bounded_between_checkpoints(supervised, capsys):
+    plan, decide = supervised
+    killed = ranks(BROKEN, {}, BROKEN, BROKEN)
+    assert [decide(killed) for _ in range(3)] == [None, None, exits.FAILED]
+    (plan.folder / TRACKER).write_text("4")
+    assert decide(killed) is None
+    told = capsys.readouterr().err.splitlines()
+    assert "restart 2 of 2 from the beginning" in told[1] and "restart 1 of 2 from step 4" in told[3]
+    assert "given up at step 0 after 2 restarts without a new checkpoint (max-restarts = 2)" in told[2]
+    recorded = [json.loads(line) for line in (plan.folder / "failures.jsonl").read_text().splitlines()]
+    assert [record["rank"] for record in recorded] == [1] * 4 and recorded[2]["decision"].startswith("given up")
+
+
+@pytest.mark.parametrize(
+    "how, setting, code",
+    [
+        ({"kind": "nan"}, {}, exits.NAN),
+        ({"kind": "nan"}, {"on_nan": "restart"}, None),
+        ({}, {"on_failure": "stop"}, exits.FAILED),
+        ({"kind": "hang"}, {}, None),
+        ({"kind": "hang"}, {"on_failure": "stop"}, exits.HANG),
+        ({"kind": "hang"}, {"max_restarts": 0}, exits.HANG),
+        ({"kind": "replicas"}, {}, exits.REPLICAS),
+        ({"kind": "error"}, {}, exits.FAILED),
+        ({"kind": "user"}, {}, exits.USER_ERROR),
+    ],
+)
+def test_what_follows_a_failure(tmp_path, how, setting, code):
+    plan = replace(Plan([], str(tmp_path), per_node=2), **setting)
+    folder = status.folder_of(tmp_path)
+    folder.mkdir(parents=True)
+    for entry in ranks(how, BROKEN).values():
+        entry.write(folder)
+    assert Supervisor(plan, Launcher(), Nodes(tmp_path, 0, 1))._decide("a", 1) == code
+
+
+def test_torchruns_exit_code_does_not_matter_where_all_ranks_ended_well(supervised):
+    _, decide = supervised
+    assert decide(ranks(DONE, DONE, DONE, DONE), returned=1) == exits.FINISHED
+
+
+def test_a_preempted_run_goes_on_while_it_makes_progress(tmp_path, monkeypatch):
+    def life(step: int, life: int) -> int | None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(life))
+        supervisor = Supervisor(Plan([], str(tmp_path), max_restarts=2), Launcher(), Nodes(tmp_path, 0, 1))
+        assert not (tmp_path / FLAG).exists()  # the last life's
+        (tmp_path / TRACKER).write_text(str(step))
+        (tmp_path / FLAG).write_text(json.dumps({"signal": "SIGUSR1", "step": step}))
+        return supervisor._decide("a", 1)
+
+    codes = [life(step, n) for n, step in enumerate([5, 9, 9, 9, 9])]
+    assert codes == [exits.PREEMPTED] * 4 + [exits.FAILED]
+    assert not (tmp_path / FLAG).exists()  # which a batch script may look for
+    assert life(9, 0) == exits.PREEMPTED  # a person starts it again
+
+
+def test_restarts_are_counted_over_the_lives_of_a_job(tmp_path):
+    assert Restarts(tmp_path, 2, goes_on=False).again(after_failure=True)
+    assert Restarts(tmp_path, 2, goes_on=True).again(after_failure=True)
+    assert not Restarts(tmp_path, 2, goes_on=True).again(after_failure=True)
+    assert Restarts(tmp_path, 2, goes_on=False).again(after_failure=True)
+
+
+def test_nodes_follow_the_first_one_and_notice_when_it_is_gone(tmp_path):
+    first, second = (Nodes(tmp_path, rank, 2, lost=3.0) for rank in (0, 1))
+    first.say(attempt="old", state="running")  # left behind by an earlier launcher
+    assert second.hear(0) == {}
+    beating = threading.Event()
+
+    def beat() -> None:
+        while not beating.wait(0.2):
+            first.beat()
+
+    thread = threading.Thread(target=beat)
+    first.say(attempt="x", state="running", code=None)
+    thread.start()
+    assert second.next_attempt("") == ("x", None)
+    assert second.over_elsewhere("x", 0.0) is None
+    second.say(attempt="x", code=1)
+    first.hear(1)
+    second.say(attempt="x", code=1)
+    assert "node 1" in first.over_elsewhere("x", 0.0)
+    first.say(state="stop", code=75)
+    assert second.over_elsewhere("x", 0.0) == "node 0 ended the attempt"
+    assert second.next_attempt("x") == ("", 75)
+    beating.set()
+    thread.join()
+    with pytest.raises(OSError, match="node 0 is not heard of any more"):
+        second.next_attempt("y")
+
+
+# Commands and scripts
+
+
+def test_the_commands(monkeypatch):
+    plan = Plan(["c.toml", "--quiet"], "/runs/a", per_node=8)
+    rank = ["-m", "megatron_xact", "pretrain", "c.toml", "--quiet"]
+    words, added = Launcher(python="py").command(plan, "a1")
+    assert words[:3] == ["py", "-m", "megatron_xact.pretraining.agent"] and words[-5:] == rank and added == {}
+    assert "--standalone" in words and words[words.index("--nproc-per-node") + 1] == "8"
+    assert "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in words and "--shutdown-timeout" in words
+    plan.nodes = 4
+    words, _ = Launcher(rendezvous="h:1", python="py").command(plan, "a1")
+    assert words[3:11] == ["--nnodes", "4", "--rdzv-backend", "c10d", "--rdzv-id", "a1", "--rdzv-endpoint", "h:1"]
+
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "96")
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    launcher = Launcher("srun", wrap=("apptainer", "exec", "i.sif"), srun=("--container-image=x",), python="py")
+    words, added = launcher.command(plan, "a1")
+    flags = ["--nodes=4", "--ntasks=32", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"]
+    assert words == ["srun", *flags, "--container-image=x", "apptainer", "exec", "i.sif", "py", *rank]
+    assert added["MASTER_ADDR"] == "n1" and 1024 <= int(added["MASTER_PORT"]) < 65536
+    words, _ = replace(launcher, kind="srun-torchrun").command(plan, "a1")
+    assert words[:4] == ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1"]
+    assert "apptainer exec i.sif py -m megatron_xact.pretraining.agent --nnodes 4" in " ".join(words)
+
+
+def test_a_task_of_srun_takes_its_place_from_slurm(monkeypatch):
+    theirs = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "XACT_LAUNCHER": "srun"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    adopt_slurm_rank()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+def test_the_scripts_teach_and_refuse(script):
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+        words = ["bash", str(ROOT / "launch" / script), *words]
+        return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+    helped = run("--help")
+    assert helped.returncode == 0 and helped.stdout.startswith("usage: ") and "--nproc-per-node N" in helped.stdout
+    for words in ((), ("--nproc-per-node",)):
+        refused = run(*words)
+        assert refused.returncode == 2 and refused.stderr.startswith(f"{script}: error: "), refused.stderr
+        assert refused.stderr.count("\n") == 1
