@@ -1,0 +1,16 @@
+"""What an activation is worth: tables of runs, the law they follow, paired comparisons, a report. No torch here.
+
+    table.py     the table of runs: its columns, and every reason to refuse one
+    reading.py   CSV files, foreign ones through a mapping, into a table
+    law.py       L(N, D) = E + A N^-alpha + B D^-beta: objective and derivatives
+    solver.py    its minimiser, for thousands of problems at once, and the starts
+    fit.py       one law for one activation: choice of the form, bootstrap, diagnostics, compute-optimal N and D
+    isoflop.py   IsoFLOP parabolas, as a diagnostic only
+    pairs.py     which runs of two activations belong together
+    compare.py   activation against baseline in pairs: compute multiplier, its interval, does it depend on size
+    report.py, plots.py, page.py, curves.py   the folder of numbers, pictures and one HTML page
+    recipe.py, ladder.py, planning.py, expectation.py, measuring.py   STUDY.toml -> configs of runs, and what to expect
+    running.py, state.py, progress.py, slurm.py, collecting.py        the runs, here or as job arrays, and their table
+    cli.py, commands.py   `xact study`
+    outside.py   what the command line hands in from the rooms with torch
+"""

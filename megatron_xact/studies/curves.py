@@ -1,0 +1,64 @@
+"""What run folders tell beyond the table: training curves and learned activation parameters, as pretraining wrote them.
+
+`progress.jsonl` has one record per interval with step, loss and tokens; `alphas.jsonl` one with step and the effective
+values by layer. Where a resumed run repeats a step, its later record counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_xact.studies.law import Array
+from megatron_xact.studies.table import Run
+
+
+@dataclass(frozen=True)
+class Curves:
+    """tokens and loss: [records]; alphas: parameter -> (steps [records], values [records, layers])."""
+
+    tokens: Array
+    loss: Array
+    alphas: dict[str, tuple[Array, Array]]
+
+
+def read(run: Run, root: Path) -> Curves | None:
+    """None where the table names no folder for this run or it is not there."""
+    folder = root / run.run
+    if not run.run or not folder.is_dir():
+        return None
+    progress = {r["step"]: r for r in _records(folder / "progress.jsonl")}
+    progress = [progress[step] for step in sorted(progress)]
+    alphas = {r["step"]: r["alphas"] for r in _records(folder / "alphas.jsonl")}
+    steps = sorted(alphas)
+    names = list(next(iter(alphas[steps[0]].values()))) if steps else []
+    over_time = {
+        name: (
+            np.array(steps, float),
+            np.array([[alphas[s][layer][name] for layer in sorted(alphas[s], key=int)] for s in steps]),
+        )
+        for name in names
+    }
+    return Curves(np.array([r["tokens"] for r in progress], float), np.array([r["loss"] for r in progress]), over_time)
+
+
+def final_alphas(run: Run, root: Path) -> dict[str, Array]:
+    """Parameter -> effective value by layer at the end, from the table or else from the run folder."""
+    if run.alphas:
+        try:
+            return {name: np.array(values, float) for name, values in json.loads(run.alphas).items()}
+        except (ValueError, AttributeError, TypeError):
+            raise ValueError(f"{run.line or run.activation}: alphas = {run.alphas[:60]!r} is not JSON of the form "
+                             '{"alpha_p": [0.8, 0.9], ...}, a value per layer') from None  # fmt: skip
+    curves = read(run, root)
+    return {name: values[-1] for name, (_, values) in curves.alphas.items()} if curves else {}
+
+
+def _records(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:  # a killed run may leave half a last line
+        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -1,0 +1,177 @@
+"""CSV files into a table of runs; foreign ones (published results, Weights & Biases exports) through a `Mapping`."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from megatron_xact.studies.table import COLUMNS, Run, Table, lines_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one column comes from: a column of the file, with a factor, a lookup or a pattern; or one constant."""
+
+    column: str = ""
+    scale: float = 1.0
+    values: dict[str, object] | None = None
+    pattern: str = ""  # the value is what the first group matches, or whether it matches (1 or 0) without a group
+    constant: object = None
+
+    def read(self, row: dict[str, str]) -> str:
+        if self.constant is not None:
+            return str(self.constant)
+        text = (row[self.column] or "").strip()
+        if self.pattern:
+            match = re.search(self.pattern, text)
+            return (match.group(1) or "" if match.re.groups else "1") if match else "0"
+        if self.values is not None:
+            if text not in self.values:
+                known = ", ".join(self.values)
+                raise ValueError(f"{self.column} = {text!r} is not among the values of the mapping: {known}")
+            return str(self.values[text])
+        return text
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How a foreign table becomes ours. `where`: (column of the file, is it equal, values)."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    where: tuple[tuple[str, bool, tuple[str, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, file: Path | None = None, columns: Iterable[str] = (), constants: Iterable[str] = (),
+           where: Iterable[str] = ()) -> Mapping:  # fmt: skip
+        """From a TOML file and from words: NAME=COLUMN or NAME=COLUMN*FACTOR; NAME=VALUE; COLUMN=VALUE or !=VALUE."""
+        sources, conditions = _read_toml(file) if file else ({}, [])
+        for word in columns:
+            name, column = _split(word, "=", "--columns", "NAME=COLUMN")
+            scaled = re.fullmatch(r"(.+)\*([0-9.eE+-]+)", column)
+            sources[name] = Source(scaled[1], float(scaled[2])) if scaled else Source(column)
+        for word in constants:
+            name, value = _split(word, "=", "--constant", "NAME=VALUE")
+            sources[name] = Source(constant=value)
+        for word in where:
+            equal = "!=" not in word
+            column, value = _split(word, "=" if equal else "!=", "--where", "COLUMN=VALUE or COLUMN!=VALUE")
+            conditions.append((column, equal, (value,)))
+        for name in sources:
+            if name not in COLUMNS:
+                raise ValueError(f"{name!r} is not a column of a study's table; those are {', '.join(COLUMNS)}")
+        return cls(sources, tuple(conditions))
+
+
+def _split(word: str, sign: str, option: str, form: str) -> tuple[str, str]:
+    name, found, value = word.partition(sign)
+    if not found or not name.strip():
+        raise ValueError(f"{option} {word!r} must be {form}")
+    return name.strip(), value.strip()
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Source], list]:
+    with open(path, "rb") as file:
+        try:
+            content = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if unknown := set(content) - {"columns", "where"}:
+        raise ValueError(f"{path}: unknown table {sorted(unknown)[0]!r}; a mapping has [columns] and [where]")
+    sources = {}
+    for name, value in content.get("columns", {}).items():
+        try:
+            sources[name] = Source(value) if isinstance(value, str) else Source(**value)
+        except TypeError:
+            known = ", ".join(f.name for f in fields(Source))
+            raise ValueError(f"{path}: columns.{name} must be a column's name or a table with {known}") from None
+    where = []
+    for column, value in content.get("where", {}).items():
+        where.append((column, True, tuple(map(str, value)) if isinstance(value, list) else (str(value),)))
+    return sources, where
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(paths: Path | Sequence[Path], mapping: Mapping | None = None, folder: Path | None = None) -> Table:
+    """One table out of one or several CSV files. ValueError or OSError, one line, for what is wrong with them.
+
+    folder: where the table will be written, for the paths of run folders; by default they start where they are read.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    runs: list[Run] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a table of runs is a CSV file")
+        found = _read_csv(path, mapping or Mapping(), several=len(paths) > 1)
+        if folder is not None:
+            found = [replace(r, run=r.run and os.path.relpath(path.parent / r.run, folder)) for r in found]
+        runs += found
+    return Table(runs, paths[0].name if len(paths) == 1 else f"{len(paths)} tables")
+
+
+def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            reader = csv.DictReader(file)
+            header, rows = list(reader.fieldnames or []), list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    sources = {name: Source(name) for name in COLUMNS if name in header} | mapping.sources
+    for name, source in sources.items():
+        if source.constant is None and source.column not in header:
+            raise ValueError(f"{path} has no column {source.column!r} for {name}; it has {', '.join(header)}")
+    for name, column in COLUMNS.items():
+        if column.metadata["required"] and name not in sources:
+            raise ValueError(
+                f"{path} has no column {name!r} ({column.metadata['about']}); it has {', '.join(header)}. "
+                f"Say which one it is: --columns {name}=COLUMN"
+            )
+    for column, _, _ in mapping.where:
+        if column not in header:
+            raise ValueError(f"{path} has no column {column!r} to choose rows by; it has {', '.join(header)}")
+    prefix = f"{path.name} " if several else ""
+    runs, bad = [], {}
+    for number, row in enumerate(rows, start=2):
+        if all((row[column] in values) == equal for column, equal, values in mapping.where):
+            run, wrong = _read_row(row, sources, f"{prefix}line {number}")
+            runs.append(run)
+            for name in wrong:
+                bad.setdefault(name, []).append(run)
+    if not runs:
+        raise ValueError(f"{path} has no runs" + (" that --where lets through" if rows else ""))
+    for name, those in bad.items():
+        column = sources[name].column
+        values = ", ".join(dict.fromkeys(repr(getattr(r, name)) for r in those[:3]))
+        ways = f"; leave such runs out with --where '{column}!=VALUE', or complete them" if name == "loss" else ""
+        raise ValueError(f"{path.name}: {name} is not a number in {lines_of(those)}: {values}{ways}")
+    return runs
+
+
+def _read_row(row: dict[str, str], sources: dict[str, Source], line: str) -> tuple[Run, list[str]]:
+    values: dict[str, object] = {name: COLUMNS[name].default for name in COLUMNS}
+    wrong = []
+    for name, source in sources.items():
+        try:
+            text = source.read(row)
+        except ValueError as error:
+            raise ValueError(f"{line}: {error}") from None
+        kind = str(COLUMNS[name].type)
+        if kind == "str":
+            values[name] = text or values[name]
+        elif text or COLUMNS[name].metadata["required"]:
+            try:
+                number = float(text) * source.scale
+                values[name] = int(number) if kind == "int" else number
+                if math.isnan(number):
+                    raise ValueError
+            except (ValueError, OverflowError):
+                values[name] = text
+                wrong.append(name)
+    return Run(**values, line=line), wrong

@@ -1,0 +1,142 @@
+"""The report folder: whole, the same twice, linked, and its numbers those of the functions."""
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted import CHINCHILLA, Design, study
+
+from megatron_xact import cli
+from megatron_xact.studies import compare as comparing
+from megatron_xact.studies.reading import read
+from megatron_xact.studies.table import Run, Table
+
+FOUR = Design((3e7, 6e7, 1.2e8, 2.4e8), (5, 20, 120), 1)
+
+
+class Page(HTMLParser):
+    """Links and pictures of a page, and whether every element is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.pictures, self.open, self.ids, self.scripts = [], [], [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "a":
+            self.links.append(attrs["href"])
+        if tag == "img":
+            self.pictures.append(attrs["src"])
+            assert attrs["alt"]
+        self.scripts += tag in ("script", "link", "iframe")
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def run_folder(path: Path) -> None:
+    """As pretraining leaves it, with a step that a resumed run repeated and half a last line."""
+    path.mkdir(parents=True)
+    progress = [{"step": s, "loss": 6 - 0.01 * s, "tokens": 1000 * s} for s in (10, 20, 20, 30)]
+    alphas = [{"step": s, "alphas": {"1": {"alpha_p": 0.8 + s / 100}, "2": {"alpha_p": 0.8}}} for s in (0, 10, 20)]
+    for name, records in (("progress.jsonl", progress), ("alphas.jsonl", alphas)):
+        (path / name).write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4')
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with runs.csv, a run folder, and the report of it, twice."""
+    root = tmp_path_factory.mktemp("study")
+    table = study(CHINCHILLA, FOUR, 1.08, 0.001, np.random.default_rng(0), step_time=1.03)
+    runs = []
+    for r in table.runs:
+        more = {"activation": {"a": "swiglu", "b": "xielu"}[r.activation]}
+        if more["activation"] == "xielu":
+            more["alphas"] = json.dumps({"alpha_p": [0.7, 0.9], "alpha_n": [0.8, 0.8]}) if r.params < 2e8 else ""
+            more["run"] = "runs/big" if r.params > 2e8 and r.tokens == max(s.tokens for s in table.runs) else ""
+        runs.append(Run(**r.__dict__ | more))
+    Table(runs).write(root / "runs.csv")
+    run_folder(root / "runs/big")
+    for out in ("report", "second"):
+        words = ["study", "report", str(root / "runs.csv"), "--out", str(root / out), "--bootstraps", "60"]
+        assert cli.main([*words, "--workers", "1" if out == "report" else "3"]) == 0
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_same_table_gives_the_same_bytes(made):
+    first, second = contents(made / "report"), contents(made / "second")
+    assert len(first) > 15 and first == second
+    assert sorted(p.name for p in made.iterdir()) == ["report", "runs", "runs.csv", "second"]  # nothing left over
+
+
+def test_it_can_be_made_again_from_its_own_table(made, capsys):
+    own = made / "report/runs.csv"
+    words = ["study", "report", str(own), "--out", str(made / "report"), "--bootstraps", "60"]
+    before = contents(made / "report")
+    assert cli.main(words) == 0
+    assert contents(made / "report") == before
+    assert "swiglu needs 1.0" in capsys.readouterr().out
+
+
+def test_the_page_is_closed_linked_and_alone(made):
+    text = (made / "report/index.html").read_text()
+    page = Page(text)
+    assert page.open == [] and page.scripts == 0 and "http" not in text.replace("http-equiv", "")
+    for target in page.links + page.pictures:
+        if target.startswith("#"):
+            assert target[1:] in page.ids
+        else:
+            assert (made / "report" / target).is_file(), target
+    there = {p.name for p in (made / "report/plots").iterdir()}
+    assert {Path(p).name for p in page.pictures} == there  # every picture is shown
+    assert there >= {"losses.png", "multipliers.png", "pairs.png", "residuals.png", "profile_of_E.png", "isoflop.png",
+                     "held_out_swiglu.png", "held_out_xielu.png", "training_curves.png", "alphas_over_depth.png",
+                     "alphas_over_time_xielu.png", "shapes.png"}  # fmt: skip
+
+
+def test_numbers_are_those_of_the_functions(made):
+    results = json.loads((made / "report/results.json").read_text())
+    found = comparing.compare(read(made / "runs.csv"), "swiglu", "xielu", draws=60)
+    (told,) = results["comparisons"]
+    assert told["multiplier"]["value"] == pytest.approx(found.multiplier.value, rel=1e-5)
+    assert told["multiplier"]["low"] == pytest.approx(found.multiplier.low, rel=1e-5)
+    assert found.multiplier.holds(1.08)
+    rows = list(csv.DictReader(open(made / "report/tables/multipliers.csv")))
+    assert float(next(r for r in rows if r["what"] == "compute")["value"]) == told["multiplier"]["value"]
+    assert {r["what"] for r in rows} >= {"wall clock", "step time", "compute at 3e+07"}
+    assert f"{found.multiplier.value:.3f}" in (made / "report/index.html").read_text()
+    assert len(list(csv.DictReader(open(made / "report/tables/residuals.csv")))) == 24
+
+
+def test_a_folder_that_is_no_report_is_left_alone(made, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    words = ["study", "report", str(made / "runs.csv"), "--out", str(tmp_path / "mine"), "--bootstraps", "20"]
+    assert cli.main(words) == 2
+    assert "is not a report" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+def test_what_cannot_be_done_is_said_on_the_page(made, tmp_path, capsys):
+    """A third activation with too few runs: its law and comparison are refused, the rest is there."""
+    table = read(made / "runs.csv")
+    few = [Run(**r.__dict__ | {"activation": "relu2"}) for r in table.only("swiglu").runs[:2]]
+    Table([*table.runs, *few]).write(tmp_path / "runs.csv")
+    words = ["study", "report", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out"), "--bootstraps", "20"]
+    assert cli.main(words) == 0
+    assert "not done: law of relu2: runs.csv, relu2: 2 runs are too few" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results["fits"]) == {"swiglu", "xielu"} and "law of relu2" in results["not_done"]
+    assert "What could not be done" in (tmp_path / "out/index.html").read_text()
