@@ -33,7 +33,7 @@ from megatron_xact.checkpoints.model import Model
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one model on one file. Bits per byte only where `xact data prepare` left the number of bytes beside the file."""
+    """Of one model on one file. Bits per byte only where `xact data prepare` left the number of bytes beside it."""
 
     data: str
     tokens: int  # predicted

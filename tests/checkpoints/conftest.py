@@ -1,6 +1,6 @@
 """Real checkpoints, each made once per test session: tiny `xact pretrain` runs, and tiny transformers models.
 
-A run costs about 12 s, nearly all of it imports, so there is one per way of saving, and each is of another family.
+A run takes seconds, so there is one per way of saving, and each is of another family.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import warm
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 500  # not a multiple of 128: Megatron pads to 512
@@ -84,7 +85,8 @@ RUNS = {
 class Runs:
     """The runs' folders by name; a run starts when it is first asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, session: Path):
+        """folder: of the runs; session: the session's temporary folder."""
         from megatron_xact.pretraining.data.preprocess import prepare
 
         self.folder = folder
@@ -92,6 +94,7 @@ class Runs:
         self.config, self.tokenizer = folder / "tiny.toml", folder / "data" / "tokenizer"
         self.config.write_text(CONFIG.format(root=ROOT, data=folder / "data"))
         self._threads = ThreadPoolExecutor(2)
+        self._server = warm(session)
         self._futures: dict = {}
 
     def start(self, *names: str) -> Runs:
@@ -107,10 +110,8 @@ class Runs:
 
     def train(self, name: str, ranks: int, words: list[str], config: Path | None = None) -> Path:
         save = self.folder / name.replace(" ", "-")
-        command = [sys.executable, "-m", "megatron_xact", "pretrain", str(config or self.config), "--nproc-per-node"]
-        command += [str(ranks), "--save", str(save), "--load", str(save), *words]
-        done = execute(command)
-        assert done.returncode == 0, f"{name}: exit code {done.returncode}\n{done.stdout[-5000:]}"
+        saving = ["--save", str(save), "--load", str(save)]
+        self._server.run(str(config or self.config), *saving, *words, ranks=ranks, timeout=300.0)
         return save
 
 
@@ -124,7 +125,7 @@ def execute(command: list[str], timeout: float = 300.0) -> subprocess.CompletedP
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.getbasetemp())
 
 
 def hf_configs() -> dict:

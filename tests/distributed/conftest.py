@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from warm import Warm, warm
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Warm]:
+def server(tmp_path_factory) -> Warm:
     """`xact pretrain` without its imports; started by the first test that wants it."""
-    with warm(tmp_path_factory.mktemp("lives")) as server:
-        yield server
+    return warm(tmp_path_factory.getbasetemp())

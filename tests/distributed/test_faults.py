@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 from training import MARKS, ROOT, STEPS, TP2, Trainings, trainings
-from warm import warm
 
 from megatron_xact.pretraining import exits
 from megatron_xact.pretraining.launchers import Plan, free_port
@@ -145,33 +144,33 @@ def test_launchers_of_two_nodes_start_again_together_after_a_kill(runs, tmp_path
 def test_faults_that_a_rank_meets_by_itself(runs, tmp_path):
     """A signal in a long evaluation, a NaN, a stopped neighbour: without a launcher, ranks tell it themselves."""
     run = tmp_path / "run"
-    with warm(tmp_path / "warm") as ranks:
-        # One rank alone is signalled, in an evaluation that would take hours.
-        lives = ranks.start(*words(runs, run, *TP2, "--eval-interval", "2", "--eval-iters", "100000"), ranks=2)
-        _until(lambda: (run / "progress.jsonl").exists() and 2 in losses(run), lives)
-        time.sleep(0.5)
-        os.kill(lives[1].pid, signal.SIGTERM)
-        assert [life.wait() for life in lives] == [0, 0]
-        assert json.loads((run / "requeue").read_text()) == {"signal": "SIGTERM", "step": 2}
+    ranks = runs.server
+    # One rank alone is signalled, in an evaluation that would take hours.
+    lives = ranks.start(*words(runs, run, *TP2, "--eval-interval", "2", "--eval-iters", "100000"), ranks=2)
+    _until(lambda: (run / "progress.jsonl").exists() and 2 in losses(run), lives)
+    time.sleep(0.5)
+    os.kill(lives[1].pid, signal.SIGTERM)
+    assert [life.wait() for life in lives] == [0, 0]
+    assert json.loads((run / "requeue").read_text()) == {"signal": "SIGTERM", "step": 2}
 
-        # The next one is stopped: the others are not, and say which it was.
-        lives = ranks.start(
-            *words(runs, run, *TP2, "--eval-interval", "4", "--eval-iters", "100000", "--set", "launch.hang-timeout=3"),
-            ranks=2,
-        )
-        _until(lambda: 4 in losses(run), lives)
-        os.kill(lives[0].pid, signal.SIGSTOP)
-        assert lives[1].wait() == exits.HANG
-        assert "xact: error: rank 0, no progress for" in lives[1].output
-        lives[0].kill()
-        ranks.run(*words(runs, run, *TP2), ranks=2)
-        assert losses(run) == runs["tp2"].losses
+    # The next one is stopped: the others are not, and say which it was.
+    lives = ranks.start(
+        *words(runs, run, *TP2, "--eval-interval", "4", "--eval-iters", "100000", "--set", "launch.hang-timeout=3"),
+        ranks=2,
+    )
+    _until(lambda: 4 in losses(run), lives)
+    os.kill(lives[0].pid, signal.SIGSTOP)
+    assert lives[1].wait() == exits.HANG
+    assert "xact: error: rank 0, no progress for" in lives[1].output
+    lives[0].kill()
+    ranks.run(*words(runs, run, *TP2), ranks=2)
+    assert losses(run) == runs["tp2"].losses
 
-        diverged = tmp_path / "diverged"
-        said = ranks.run(*words(runs, diverged, "--lr", "1e30", "--save-interval", "1"), code=exits.NAN)
-        assert "xact: error: found " in said
-        steps = sorted(path.name for path in diverged.glob("iter_*"))
-        assert steps and len(steps) < STEPS - 1
+    diverged = tmp_path / "diverged"
+    said = ranks.run(*words(runs, diverged, "--lr", "1e30", "--save-interval", "1"), code=exits.NAN)
+    assert "xact: error: found " in said
+    steps = sorted(path.name for path in diverged.glob("iter_*"))
+    assert steps and len(steps) < STEPS - 1
 
 
 def test_the_records_tell_what_megatron_measured(runs):

@@ -1,7 +1,7 @@
 """Real `xact pretrain` runs of a tiny model on gloo ranks, each started once per session and shared by its tests.
 
-A run costs about 10 s of imports and 1 s of training, so tests name runs (`JOBS`) and compare what they left behind.
-All are of one config (`CONFIG`) and differ by the words of their job: what a test compares is plain to see here.
+A run takes seconds, so tests name runs (`JOBS`) and compare what they left behind. All are of one config (`CONFIG`) and
+differ by the words of their job: what a test compares is plain to see here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from warm import Warm, warm
 
 from megatron_xact.pretraining.data.preprocess import prepare
 
@@ -132,11 +133,12 @@ class Job:
     hook: str = ""
     again_after: str = ""  # another run: the same command in the same folder, once that one has ended
     ends_well: bool = True
+    typed: bool = False  # the command as one types it, launcher and all; else its ranks alone, forked (warm.py)
 
 
 JOBS = {
-    "one": Job(),
-    "tp2": Job(TP2, 2),
+    "one": Job(typed=True),
+    "tp2": Job(TP2, 2, typed=True),
     "tp2 sp": Job((*TP2, "--sequence-parallel"), 2),
     "dp2": Job(DISTRIBUTED, 2),
     # Megatron seeds every pipeline stage differently, so these start from another run's checkpoint, resharded.
@@ -155,7 +157,7 @@ JOBS = {
     "dp2@8 by dali": Job((*DISTRIBUTED, "--num-workers", "1", "--set", "xact.loader=dali"), 2, ("dp2", 8)),
     "bf16 tp2 dp2@8": Job(("--bf16", *TP2, *DISTRIBUTED), 4, ("bf16 tp2 dp2", 8)),
     "killed": Job(TP2, 2, hook="if (step, rank) == (10, 1): os.kill(os.getpid(), signal.SIGKILL)", ends_well=False),
-    "killed, again": Job(TP2, 2, again_after="killed"),
+    "killed, again": Job(TP2, 2, again_after="killed", typed=True),
     "perturbed": Job(
         TP2,
         2,
@@ -212,6 +214,10 @@ class Trainings:
         self._threads = ThreadPoolExecutor(len(JOBS))
         self._cores = _Cores(max(2, min(os.cpu_count() or 1, 8)))
 
+    @property
+    def server(self) -> Warm:
+        return warm(self.folder.parent)
+
     def start(self, *names: str) -> Trainings:
         """Starts these runs where they have not been, side by side as far as there are cores."""
         for name in names:
@@ -241,7 +247,11 @@ class Trainings:
             words += ["--ckpt-step", str(step)]
         config = self._futures[job.config_of].result().folder / "config.toml" if job.config_of else self.config
         words += ["--data-cache-path", f"{folder}-cache"]  # Megatron does not expect others to fill it meanwhile
-        command = self.command("--save", str(folder), "--load", str(load), *words, ranks=job.ranks, config=config)
+        words = ["--save", str(folder), "--load", str(load), *words]
+        if not (job.typed or job.hook):
+            with self._cores.taken(job.ranks):
+                return Run(folder, 0, self.server.run(str(config), *words, ranks=job.ranks, timeout=300.0))
+        command = self.command(*words, ranks=job.ranks, config=config)
         if job.hook:
             script = self.folder / f"{folder.name}.py"
             script.write_text(HOOKED.format(hook=job.hook))

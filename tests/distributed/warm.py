@@ -7,7 +7,9 @@ importing process runs; it answers lines of JSON.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import select
@@ -15,8 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,7 @@ class Warm:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lives = 0
+        self._asking = threading.Lock()
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         environment |= {"PYTHONPATH": str(ROOT), "XACT_TRACEBACK": ""}
@@ -65,20 +68,21 @@ class Warm:
             port = str(probe.getsockname()[1])
         lives = []
         for rank in range(ranks):
-            log = self.folder / f"life-{self._lives}.log"
-            self._lives += 1
+            with self._asking:
+                log = self.folder / f"life-{self._lives}.log"
+                self._lives += 1
             environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             pid = self._ask({"words": ["pretrain", *words], "environment": environment, "log": str(log)})
             lives.append(Life(pid, log, self))
         return lives
 
-    def run(self, *words: str, ranks: int = 1, code: int = 0) -> str:
-        """`start`, waited for; what the first rank printed. AssertionError: another exit code than `code`."""
+    def run(self, *words: str, ranks: int = 1, code: int = 0, timeout: float = 60.0) -> str:
+        """`start`, waited for; what the ranks printed, the first's first. AssertionError: it exits not with `code`."""
         lives = self.start(*words, ranks=ranks)
-        codes = [life.wait() for life in lives]
+        codes = [life.wait(timeout) for life in lives]
         assert codes[0] == code, f"exit codes {codes}\n" + "\n".join(life.output[-6000:] for life in lives)
-        return lives[0].output
+        return "".join(life.output for life in lives)
 
     def wait(self, life: Life, timeout: float) -> int:
         deadline = time.monotonic() + timeout
@@ -95,21 +99,21 @@ class Warm:
         self._process.wait()
 
     def _ask(self, request: dict | None, timeout: float = 30.0):
-        if request is not None:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
-        assert ready, "the warm process does not answer"
-        return json.loads(self._process.stdout.readline())
+        with self._asking:
+            if request is not None:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+            ready, _, _ = select.select([self._process.stdout], [], [], timeout)
+            assert ready, "the warm process does not answer"
+            return json.loads(self._process.stdout.readline())
 
 
-@contextlib.contextmanager
-def warm(folder: Path) -> Iterator[Warm]:
-    server = Warm(folder)
-    try:
-        yield server
-    finally:
-        server.close()
+@functools.cache
+def warm(folder: Path) -> Warm:
+    """The session's own; `folder`: the session's temporary folder, the same for every module."""
+    server = Warm(folder / "lives")
+    atexit.register(server.close)
+    return server
 
 
 def serve() -> None:

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from cluster import ROOT, Cluster, why_not  # noqa: E402
-from training import MARKS, STEPS, TP2, Trainings, trainings  # noqa: E402
-from warm import warm  # noqa: E402
+from cluster import ROOT, Cluster, why_not
+from training import MARKS, STEPS, TP2, Trainings, trainings
 
 pytestmark = [*MARKS, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 DP2 = ("--use-distributed-optimizer",)
@@ -57,9 +54,8 @@ def test_killed_then_preempted_and_requeued_it_ends_as_if_nothing_had_happened(c
         str(runs.config), "--quiet", "--save", str(run), "--load", str(run), *TP2, *DP2,
         PYTHON=str(python), XACT_TEST_FAULTS="kill:5:3 scancel:9:0",
     )  # fmt: skip
-    with warm(tmp_path / "warm") as ranks:  # meanwhile, the same without SLURM and faults
-        alone = tmp_path / "alone"
-        ranks.run(str(runs.config), "--quiet", "--save", str(alone), *TP2, *DP2, ranks=4)
+    alone = tmp_path / "alone"  # meanwhile, the same without SLURM and faults
+    runs.server.run(str(runs.config), "--quiet", "--save", str(alone), *TP2, *DP2, ranks=4, timeout=300.0)
     ended = cluster.wait(job, 400.0)
     said = cluster.output(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), f"{ended}\n{said[-6000:]}"

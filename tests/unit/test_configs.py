@@ -11,7 +11,7 @@ from megatron_xact.pretraining.planning.counts import flops_per_token, parameter
 from megatron_xact.pretraining.planning.hardware import GPUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Recipes of studies are not configs of runs: tests/studies/test_plan.py plans them.
+# Recipes of studies are not configs of runs: tests/studies/test_study_plan.py plans them.
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.toml") if path.parent.name != "studies"
 )
