@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_xact import __version__
 
@@ -40,6 +41,13 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes to start on this machine (default: what the config needs)",
     )
+    nodes = parser.add_argument_group("several machines (launch/torchrun.sh; under SLURM: launch/slurm.sbatch)")
+    nodes.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines, each with this command")
+    nodes.add_argument("--node-rank", type=int, default=0, metavar="R", help="this machine's number, from 0")
+    nodes.add_argument("--rendezvous", metavar="HOST:PORT", help="where they meet: an address and port of number 0")
+    parser.add_argument(
+        "--launch-plan", action="store_true", help="check the config, print what a launcher must know, and exit"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -48,11 +56,71 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
         help="override one key of the config, value in TOML, e.g. activation.name=xiprelu; may be repeated",
     )
     parser.add_argument(
+        "--branch-from",
+        type=int,
+        metavar="STEP",
+        help="leave this run, from its constant learning rate, for a cooldown of its own: see --cooldown-steps",
+    )
+    parser.add_argument(
+        "--cooldown-steps",
+        type=int,
+        metavar="N",
+        help="length of that cooldown; it is saved in --save, by default RUN/branches/step-STEP+N",
+    )
+    parser.add_argument(
         "--quiet", action="store_true", help="progress only; what Megatron prints goes to SAVE/logs/rankN.log"
     )
     parser.add_argument(
         "--print-args", action="store_true", help="print Megatron's resolved command line and exit"
     )
+
+
+def _study(args: argparse.Namespace) -> int | None:
+    """`xact study`. Its room has no torch, so what it needs of those that have is handed in."""
+    from megatron_xact.studies import cli as study
+    from megatron_xact.studies.outside import Outside
+
+    return study.main(args, Outside(_activation_values, _planned_model, _planned_speed))
+
+
+def _planned_model(path: Path, sets: list[str]):
+    """What the trainer makes of a config with these overrides, on one copy of the model."""
+    from megatron_xact.studies.outside import Model
+
+    job = _planned(path, sets)
+    return Model(job.config.activation.name, job.shape, job.layout.micro_batch, job.layout.gpus)
+
+
+def _planned_speed(path: Path, sets: list[str], kind: str, gpus: int) -> float:
+    """Tokens per second on GPUs of a kind, as `xact plan` expects them."""
+    from megatron_xact.pretraining.planning import costs
+    from megatron_xact.pretraining.planning.hardware import GPUS
+
+    if kind not in GPUS:
+        raise ValueError(f"--gpu {kind}: it is known of {', '.join(GPUS)}")
+    return costs.time(_planned(path, sets, gpus), GPUS[kind], GPUS[kind].mfu).tokens_per_second
+
+
+def _planned(path: Path, sets: list[str], gpus: int | None = None):
+    from megatron_xact.pretraining import config as config_file
+    from megatron_xact.pretraining.planning import job
+
+    config = config_file.load(path).with_overrides([], sets)
+    args = job.describe(config)
+    ranks = gpus or (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    return job.with_layout(config, args, ranks, min(ranks, 8))
+
+
+def _activation_values(name: str, values: dict[str, float], x):
+    """f(x) [n] of an activation with these effective parameters, the others at their start; numpy in fp64."""
+    import torch
+
+    from megatron_xact import activations
+
+    record = activations.get(name).configured(trainable=[], init=values)
+    return record.value(torch.as_tensor(x, dtype=torch.float64), record.effective({})).numpy()
 
 
 COMMANDS = {
@@ -66,11 +134,22 @@ COMMANDS = {
         _lazy("megatron_xact.pretraining.data.cli", "add_arguments"),
         _lazy("megatron_xact.pretraining.data.cli", "main"),
     ),
+    "plan": Command(
+        "before a run: is the layout legal, does it fit, what does it cost; or build any rank's model without a GPU",
+        _lazy("megatron_xact.pretraining.planning.command", "add_arguments"),
+        _lazy("megatron_xact.pretraining.planning.command", "main"),
+        overrides=True,
+    ),
     "pretrain": Command(
         "pretrain a model from a TOML config, through Megatron",
         _pretrain_arguments,
-        _lazy("megatron_xact.pretraining.run", "main"),
+        _lazy("megatron_xact.pretraining.command", "main"),
         overrides=True,
+    ),
+    "plot": Command(
+        "pictures of one or several runs: loss, speed, alphas, learned activations, sparsity and outliers",
+        _lazy("megatron_xact.pretraining.plot", "add_arguments"),
+        _lazy("megatron_xact.pretraining.plot", "main"),
     ),
     "export": Command(
         "Megatron checkpoint -> Hugging Face folder, verified",
@@ -96,6 +175,11 @@ COMMANDS = {
         "perplexity on indexed data (either kind), lm-evaluation-harness tasks (Hugging Face)",
         _lazy("megatron_xact.checkpoints.evaluate", "add_arguments"),
         _lazy("megatron_xact.checkpoints.evaluate", "main"),
+    ),
+    "study": Command(
+        "what an activation is worth: ladders of runs planned and trained, scaling laws, paired comparisons, a report",
+        _lazy("megatron_xact.studies.cli", "add_arguments"),
+        _study,
     ),
     "bench": Command(
         "how fast the activation kernels are on this machine, beside the published formula",
@@ -133,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         return COMMANDS[args.command].main(args) or 0
     except KeyboardInterrupt:
-        print("xact: interrupted", file=sys.stderr)
+        if "XACT_ATTEMPT" not in os.environ:  # a rank's launcher says so
+            print("xact: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `xact doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ tracker file it starts from random weights or exits with code 0. Here the first 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from argparse import Namespace
@@ -51,6 +52,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     _model(args, num_query_groups_given="num-query-groups" in config.megatron)
     _parallel(args, world_size)
     _data(args)
+    _loader(config.xact.loader)
     _tokenizer(args)
     _optimizer(args, config.activation)
     _retention(args, config.xact)
@@ -179,6 +181,20 @@ def _data(args: Namespace) -> None:
     for name in arguments.DATA_LISTS:
         if given[name] is not None and not Path(given[name]).is_file():
             raise FileNotFoundError(f"{name}: no such file {given[name]}")
+
+
+def _loader(loader: str) -> None:
+    if loader != "dali":
+        return
+    try:
+        found = importlib.util.find_spec("nvidia.dali")
+    except ModuleNotFoundError:  # not even the package above it
+        found = None
+    if found is None:
+        raise ValueError(
+            'loader = "dali" in [xact] needs NVIDIA DALI, which is not installed: pip install '
+            "'megatron-xact[dali]', or leave loader out"
+        )
 
 
 def _prefixes(blend: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_process
+from saved import in_process
 
 # Not starcoder2: mlx-lm computes the exact GELU there, whatever config.json says.
 NAMES = ("apertus", "apertus tied mha", "llama", "qwen3")

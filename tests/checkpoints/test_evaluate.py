@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import xact
-from conftest import ROOT, in_process
+from saved import ROOT, in_process
 
 from megatron_xact.pretraining.data.indexed import SplitWriter
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNS, VOCABULARY, execute, in_process
 from safetensors import safe_open
 from safetensors.torch import load_file
+from saved import RUNS, VOCABULARY, execute, in_process
 
 from megatron_xact.checkpoints import safetensors_io
 from megatron_xact.checkpoints.export import export, size_in_bytes
@@ -359,8 +360,6 @@ def test_sizes():
 
 
 def test_the_command(runs, tmp_path):
-    from conftest import sys
-
     command = [sys.executable, "-m", "megatron_xact", "export", str(runs["arcee"]), str(tmp_path / "out")]
     done = execute(command)
     assert done.returncode == 0, done.stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import xact
-from conftest import in_process
+from saved import in_process
 
 PROMPT = "def decode(text):\n    return"
 

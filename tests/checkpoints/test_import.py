@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNS, VOCABULARY, hf_configs, in_process, save_hf
 from safetensors.torch import load_file, save_file
+from saved import RUNS, VOCABULARY, hf_configs, in_process, save_hf
 
 from megatron_xact.checkpoints import megatron_io
 from megatron_xact.checkpoints.architecture import from_megatron, identity

@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import hf_configs
+from saved import hf_configs
 
 from megatron_xact import activations
 from megatron_xact.checkpoints import mapping, modeling

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import xact
-from conftest import hf_configs, in_process, save_hf
 from safetensors.torch import load_file, save_file
+from saved import hf_configs, in_process, save_hf
 
 # Parity of families
 

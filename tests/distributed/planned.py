@@ -85,7 +85,8 @@ def _command() -> tuple[int, str]:
 def runnable() -> list[Path]:
     """The configs of whole runs on one 8-GPU server; not bases, nor the quickstart, which is for two ranks."""
     configs = sorted((ROOT / "configs").rglob("*.toml"))
-    return [path for path in configs if path.stem not in ("base", "llama", "quickstart")]
+    others = ("base", "llama", "quickstart")
+    return [path for path in configs if path.stem not in others and path.parent.name != "studies"]
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from warm import Warm, warm
+from warm import warm
 
 from megatron_xact.pretraining.data.preprocess import prepare
 
@@ -209,14 +209,11 @@ class Trainings:
         self.data = prepare(folder / "data", source="stdlib", vocab_size=512, max_bytes=300_000)
         self.config = folder / "tiny.toml"
         self.config.write_text(CONFIG.format(root=ROOT, data=folder / "data", steps=STEPS))
+        self.server = warm(folder.parent)
         self._futures: dict = {}
         # Most of these threads wait, for a core or for another run.
         self._threads = ThreadPoolExecutor(len(JOBS))
         self._cores = _Cores(max(2, min(os.cpu_count() or 1, 8)))
-
-    @property
-    def server(self) -> Warm:
-        return warm(self.folder.parent)
 
     def start(self, *names: str) -> Trainings:
         """Starts these runs where they have not been, side by side as far as there are cores."""
@@ -250,7 +247,7 @@ class Trainings:
         words = ["--save", str(folder), "--load", str(load), *words]
         if not (job.typed or job.hook):
             with self._cores.taken(job.ranks):
-                return Run(folder, 0, self.server.run(str(config), *words, ranks=job.ranks, timeout=300.0))
+                return Run(folder, 0, self.server.run(str(config), *words, ranks=job.ranks))
         command = self.command(*words, ranks=job.ranks, config=config)
         if job.hook:
             script = self.folder / f"{folder.name}.py"

@@ -33,7 +33,7 @@ class Life:
     log: Path
     server: Warm
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 180.0) -> int:
         """Its exit code, negative for a signal; AssertionError, with all ended, if it takes longer."""
         return self.server.wait(self, timeout)
 
@@ -77,7 +77,7 @@ class Warm:
             lives.append(Life(pid, log, self))
         return lives
 
-    def run(self, *words: str, ranks: int = 1, code: int = 0, timeout: float = 60.0) -> str:
+    def run(self, *words: str, ranks: int = 1, code: int = 0, timeout: float = 180.0) -> str:
         """`start`, waited for; what the ranks printed, the first's first. AssertionError: it exits not with `code`."""
         lives = self.start(*words, ranks=ranks)
         codes = [life.wait(timeout) for life in lives]

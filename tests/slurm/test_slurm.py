@@ -55,7 +55,7 @@ def test_killed_then_preempted_and_requeued_it_ends_as_if_nothing_had_happened(c
         PYTHON=str(python), XACT_TEST_FAULTS="kill:5:3 scancel:9:0",
     )  # fmt: skip
     alone = tmp_path / "alone"  # meanwhile, the same without SLURM and faults
-    runs.server.run(str(runs.config), "--quiet", "--save", str(alone), *TP2, *DP2, ranks=4, timeout=300.0)
+    runs.server.run(str(runs.config), "--quiet", "--save", str(alone), *TP2, *DP2, ranks=4)
     ended = cluster.wait(job, 400.0)
     said = cluster.output(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), f"{ended}\n{said[-6000:]}"

@@ -15,7 +15,9 @@ from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.checks import check_checkpoint
 from megatron_xact.pretraining.config import RunConfig, load, validate
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
+CONFIGS = [
+    path for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.toml")) if path.parent.name != "studies"
+]
 PARSER = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 TINY = """

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from small_plans import SIZES, model_of, plan, recipe
 
 from megatron_xact import cli
 from megatron_xact.studies import expectation, planning
 from megatron_xact.studies.ladder import build, cells, fit_budgets
 from megatron_xact.studies.recipe import Size, read
-from tests.studies.planned import model_of, plan, recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,9 +63,9 @@ def test_budgets_are_met_and_cooldowns_leave_at_checkpoints():
         assert trunk.evaluations * trunk.batch >= 1e4
 
 
-@pytest.mark.parametrize("steps, interval", [((100, 200, 400), 80), ((1000, 1500), 400), ((100,), 20)])
+@pytest.mark.parametrize("steps, interval", [((100, 200, 400), 80), ((1000, 1500, 3000), 400), ((100,), 20)])
 def test_interval_is_as_long_as_the_budgets_allow(steps, interval):
-    assert fit_budgets(steps, 0.2, "a")[0] == interval
+    assert fit_budgets(steps, 0.2, "a")[0] == pytest.approx(interval, rel=0.01)
 
 
 def test_flops_and_steps_of_cells():
@@ -84,6 +84,11 @@ def test_a_sweep_trains_every_run_at_every_rate():
     trunks = build(recipe(sweep=(0.5, 1, 2), seeds=(1,)), model_of)
     assert [t.name for t in trunks[:3]] == ["a-swiglu-s1-lr0.5x", "a-swiglu-s1-lr1x", "a-swiglu-s1-lr2x"]
     assert [t.lr for t in trunks[:3]] == [1.5e-3, 3e-3, 6e-3]
+
+
+def test_an_activation_can_have_a_rate_of_its_own():
+    rates = {(t.activation, t.size): t.lr for t in build(recipe(rates={"xielu": 2.0}), model_of)}
+    assert rates == {("swiglu", s): 3e-3 for s in "ab"} | {("xielu", s): 6e-3 for s in "ab"}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,8 @@ seq-length = 64
         ("tokens = [1e6, 2e6]", "tokens = [1e6, -1]", "positive numbers of tokens"),
         ("seeds = [1]", "seeds = [1, 1]", "has an entry twice"),
         ("seeds = [1]", "seeds = [0]", "positive whole numbers"),
+        ("seeds = [1]", "rates = {relu2 = 2.0}", "rates.relu2 is of none of the activations"),
+        ("seeds = [1]", "rates = {xielu = -2.0}", "must be a table of positive factors"),
         ("seeds = [1]", "cooldown = 1.5", "a share between 0 and 1"),
         ("seeds = [1]", 'batch = "chinchilla"', 'must be "deepseek" or a positive number'),
         ("ffn = 96", "fnn = 96", "must have layers, hidden, heads, ffn"),
@@ -152,7 +159,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(tmp_path, old, new, said)
 
 
 def test_the_expected_interval_holds_what_was_planted_and_grows_with_noise():
-    made = plan()
+    made = plan(sizes=SIZES | {"c": Size(4, 128, 4, 384)})
     widths = []
     for noise in (0.001, 0.01):
         found = expectation.precision(made, noise, 1.1, studies=6)

@@ -36,7 +36,7 @@ def plan(folder: Path | None = None, **changes) -> Plan:
     if folder is not None:
         write_text(folder / "study.json", made.dump())
         for trunk in made.trunks:
-            write_text(folder / "configs" / f"{trunk.name}.toml", f"# {trunk.name}\nsteps = {trunk.budgets[-1].steps}\n")
+            write_text(folder / "configs" / f"{trunk.name}.toml", f"steps = {trunk.budgets[-1].steps}\n")
     return made
 
 

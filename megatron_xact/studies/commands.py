@@ -1,0 +1,114 @@
+"""`xact study plan` and `run`: their arguments and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_xact.studies.outside import Outside
+
+PLAN_EPILOG = """\
+  xact study plan configs/studies/tiny.toml                          # writes runs/tiny, prints the ladder
+  xact study plan configs/studies/small.toml --gpu h100              # and the hours on one H100
+  xact study plan configs/studies/tiny.toml --measure                # the hours from a few steps of every model here
+
+The same plan again changes nothing; a different one is never written over it. STUDY.toml: configs/studies/."""
+
+RUN_EPILOG = """\
+  xact study run runs/tiny --jobs 2                    # on this machine, two runs at a time
+  xact study run runs/small --jobs 4                   # GPUs are shared out: on a machine of eight, two for each run
+  xact study run runs/small --slurm --sbatch-options "--gpus-per-node=8 --time=12:00:00"
+
+Finished cells are skipped and interrupted ones go on, so the same command again does what is left. Then:
+  xact study collect runs/tiny --out runs/tiny/runs.csv"""
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = PLAN_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("study", type=Path, metavar="STUDY.toml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--tokens-per-second", type=_positive(float), metavar="N",
+                       help="of the largest size; hours from that, others by FLOPs")  # fmt: skip
+    speed.add_argument("--gpu", metavar="KIND", help="a100, h100, h200: hours as `xact plan` expects them")
+    speed.add_argument("--measure", action="store_true", help="train every model a few steps here; hours from that")
+    parser.add_argument("--gpus", type=_positive(int), default=1, metavar="N", help="per run, with --gpu (default: 1)")
+    parser.add_argument("--noise", type=_positive(float), default=0.002, metavar="NAT",
+                        help="sd of a run's loss, for the expected interval (default: 0.002)")  # fmt: skip
+    parser.add_argument("--multiplier", type=_positive(float), default=1.05, metavar="M",
+                        help="the worth to find, for the same (default: %(default)s)")  # fmt: skip
+
+
+def plan(args: argparse.Namespace, outside: Outside) -> int:
+    from megatron_xact.studies import expectation, measuring, planning, recipe
+    from megatron_xact.studies.table import write_text
+
+    study = recipe.read(args.study)
+    made = planning.make(study, outside)
+    folder = args.out or Path("runs") / made.name
+    texts = planning.files(study, made, folder)
+    print(planning.text(made))
+    new = planning.write(texts, folder)
+    lines, speed = [], None
+    if args.tokens_per_second:
+        speed = expectation.by_flops(made, args.tokens_per_second)
+    elif args.gpu:
+        speed = expectation.Speed(
+            f"{args.gpus} x {args.gpu} per run as `xact plan` expects, without starts",
+            {(t.size, t.activation): outside.speed(
+                study.base, planning.words(planning.config_of(study, t, folder)), args.gpu, args.gpus
+            ) for t in made.trunks},
+        )  # fmt: skip
+    elif args.measure:
+        speed = measuring.measure(made, folder)
+    if speed:
+        lines.append(expectation.hours_text(made, speed))
+    if len(study.recipe.activations) > 1:
+        lines.append(expectation.precision_text(
+            lambda m: expectation.precision(made, args.noise, m), args.noise, args.multiplier
+        ))  # fmt: skip
+    print("\n".join(lines))
+    write_text(folder / "expected.json", json.dumps({"expected": lines}, indent=1) + "\n")
+    print(f"{'wrote' if new else 'unchanged'}: {folder} ({len(made.trunks)} configs); xact study run {folder}")
+    return 0
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = RUN_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of a planned study")
+    parser.add_argument("--jobs", type=_positive(int), default=1, metavar="N",
+                        help="runs at a time (default: 1); of an array under --slurm (default: all)")  # fmt: skip
+    parser.add_argument("--nproc-per-node", type=_positive(int), metavar="N",
+                        help="processes of each run (default: what its config needs)")  # fmt: skip
+    parser.add_argument("--retries", type=_natural, default=2, metavar="N", help="of a failed run (default: 2)")
+    parser.add_argument("--slurm", action="store_true", help="as job arrays; where there is no sbatch, print them")
+    parser.add_argument("--sbatch-options", default="", metavar="WORDS", help="for every array, in one string")
+
+
+def run(args: argparse.Namespace, outside: Outside) -> int:
+    from megatron_xact.studies import planning, running, slurm
+
+    study = planning.load(args.folder)
+    if args.slurm:
+        return slurm.submit(study, args.folder, args.nproc_per_node, args.jobs, args.sbatch_options)
+    return running.run(study, args.folder, args.jobs, args.nproc_per_node, args.retries)
+
+
+def _positive(kind: type):
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be a positive {'whole ' if kind is int else ''}number")
+        return value
+
+    return read
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 0 or more")
+    return int(text)

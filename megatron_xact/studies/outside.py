@@ -1,0 +1,29 @@
+"""What this room needs of the rooms with torch and Megatron. The command line hands it in; nothing is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_xact.pretraining.planning.counts import Shape
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the trainer makes of a run's config."""
+
+    activation: str  # its name, not an alias
+    shape: Shape
+    micro_batch: int  # sequences
+    ranks: int  # processes that hold one copy of the model
+
+
+@dataclass(frozen=True)
+class Outside:
+    values: Callable
+    """f(x) of an activation, (name, effective parameters, x) -> values, for the report's picture of it."""
+    model: Callable[[Path, list[str]], Model]
+    """Of a config file with overrides (TABLE.KEY=VALUE in TOML). ValueError, OSError: why it cannot be trained."""
+    speed: Callable[[Path, list[str], str, int], float]
+    """Tokens per second that `xact plan` expects of that on so many GPUs of a kind."""

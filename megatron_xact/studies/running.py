@@ -1,0 +1,232 @@
+"""`xact study run` on this machine: every cell of a study as a process of `xact pretrain`, several at a time.
+
+Where a cell stands is read from its folder, so that a broken-off study goes on wherever it was. A run that fails is
+started again, from its last checkpoint, a bounded number of times; one whose config or data are refused, or whose loss
+is NaN, would fail again and is not. Ctrl-C and SIGTERM let the runs save and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from megatron_xact.studies import state
+from megatron_xact.studies.ladder import Cell, cells
+from megatron_xact.studies.planning import Plan
+from megatron_xact.studies.progress import Display
+
+PRETRAIN = (sys.executable, "-m", "megatron_xact", "pretrain")
+# Exit codes of pretraining/exits.py.
+USER_ERROR, SAVED, NAN = 2, 75, 76
+HOPELESS = (USER_ERROR, NAN)
+INTERRUPTED = 130
+GRACE = 300.0  # seconds that runs have to save and end
+
+
+@dataclass
+class Task:
+    cell: Cell
+    state: str = "waiting"  # running, finished, failed
+    after: Task | None = None  # the trunk that it leaves
+    attempts: int = 0
+    reason: str = ""
+    slot: int = 0  # of `jobs`; decides its GPUs
+    process: subprocess.Popen | None = field(default=None, repr=False)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "waiting" and (self.after is None or self.after.state == "finished")
+
+
+def run(plan: Plan, folder: Path, jobs: int = 1, processes: int | None = None, retries: int = 2,
+        pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
+    """The exit code: 0 if all cells are finished, 1 if some failed, 130 if interrupted.
+
+    processes: of each run; None: what its config needs. pretrain: the command before a run's words.
+    """
+    with _alone(folder):
+        return _Runs(plan, folder, jobs, processes, retries, pretrain).run()
+
+
+def environment(jobs: int, processes: int) -> dict[str, str]:
+    """For a run: the cores shared out, and this package to be found wherever it lies."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONPATH": path}
+
+
+def gpus() -> list[str]:
+    """Of this machine, as CUDA_VISIBLE_DEVICES names them; [] without any."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in chosen.split(",") if name]
+    found = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i in range(len(list(found.iterdir())))] if found.is_dir() else []
+
+
+def gpus_of(slot: int, all_gpus: Sequence[str], jobs: int, processes: int | None) -> list[str]:
+    """Those of the run in this slot: an equal share, or as many as it has processes. Runs share them if they must.
+
+    ValueError: one run would need more than there are.
+    """
+    count = processes or max(1, len(all_gpus) // jobs)
+    if count > len(all_gpus):
+        raise ValueError(f"--nproc-per-node {count} is more than the {len(all_gpus)} GPUs of this machine")
+    return [all_gpus[(slot * count + i) % len(all_gpus)] for i in range(count)]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with open(folder / ".running", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another `xact study run` is at work in {folder}") from None
+        yield
+
+
+class _Runs:
+    def __init__(self, plan: Plan, folder: Path, jobs: int, processes: int | None, retries: int,
+                 pretrain: Sequence[str]):  # fmt: skip
+        self.folder, self.jobs, self.retries, self.pretrain = folder, jobs, retries, list(pretrain)
+        self.own = ["--nproc-per-node", str(processes)] if processes else []
+        self.environment = environment(jobs, processes or 1)
+        self.gpus = [gpus_of(slot, found, jobs, processes) for slot in range(jobs)] if (found := gpus()) else None
+        self.tasks = [Task(cell) for cell in cells(plan.trunks)]
+        trunks = {t.cell.trunk.name: t for t in self.tasks if not t.cell.is_branch}
+        for task in self.tasks:
+            if task.cell.is_branch:
+                task.after = trunks[task.cell.trunk.name]
+            if state.is_finished(task.cell, folder):
+                task.state = "finished"
+        self.display = Display(folder, self.tasks)
+        self.asked: int | None = None  # the signal that ends it
+        self.asked_again = False
+
+    def run(self) -> int:
+        known = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.display.begin()
+        try:
+            while self.asked is None and self._start_and_poll():
+                self.display.show()
+                time.sleep(0.2)
+            if self.asked is not None:
+                self._end()
+        finally:
+            for task in self.tasks:
+                if task.process is not None:  # left only by an error of ours
+                    _kill(task.process)
+            for number, handler in known.items():
+                signal.signal(number, handler)
+        self.display.close()
+        return self._verdict()
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked_again = self.asked is not None
+        self.asked = number
+
+    def _start_and_poll(self) -> bool:
+        """Whether something is left to wait for."""
+        for task in self.tasks:
+            if task.state == "running":
+                self._poll(task)
+        for task in self.tasks:
+            if task.after is not None and task.after.state == "failed" and task.state == "waiting":
+                task.state, task.reason = "failed", f"its trunk {task.after.cell.name} failed"
+        for task in filter(lambda t: t.is_ready, self.tasks):
+            if self._running() < self.jobs:
+                self._start(task)
+        return self._running() > 0
+
+    def _running(self) -> int:
+        return sum(t.state == "running" for t in self.tasks)
+
+    def _log(self, task: Task) -> Path:
+        leaf = f"+{task.cell.budget.steps}" if task.cell.is_branch else ""
+        return self.folder / "logs" / f"{task.cell.trunk.name}{leaf}.log"
+
+    def _start(self, task: Task) -> None:
+        task.attempts += 1
+        task.slot = min(set(range(self.jobs)) - {t.slot for t in self.tasks if t.state == "running"})
+        mine = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[task.slot])} if self.gpus else {}
+        path = self._log(task)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a") as log:
+            task.process = subprocess.Popen(
+                [*self.pretrain, *state.words(task.cell, self.folder), *self.own],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment | mine,
+                start_new_session=True,  # Ctrl-C reaches us alone; we let them save
+            )  # fmt: skip
+        task.state = "running"
+        self.display.say(task, "started" if task.attempts == 1 else f"started again ({task.attempts - 1})")
+
+    def _poll(self, task: Task) -> None:
+        assert task.process is not None
+        if (code := task.process.poll()) is None:
+            return
+        task.process = None
+        if code == 0 and state.is_finished(task.cell, self.folder):
+            task.state = "finished"
+            self.display.say(task, "finished")
+            return
+        with open(self._log(task), "rb") as log:
+            task.reason = _reason(code, log)
+        if self.asked is not None or (code not in HOPELESS and task.attempts <= self.retries):
+            task.state = "waiting"
+        else:
+            task.state = "failed"
+        self.display.say(task, task.reason if task.state == "waiting" else f"failed: {task.reason}")
+
+    def _end(self) -> None:
+        """Lets what runs save and end; a second signal, or GRACE, kills it."""
+        until = time.monotonic() + GRACE
+        for task in self.tasks:
+            if task.process is not None:
+                task.process.send_signal(signal.SIGTERM)
+        self.display.note(f"interrupted: {self._running()} run(s) save and end; once more to kill them")
+        while self._running():
+            for task in self.tasks:
+                if task.process is not None and (self.asked_again or time.monotonic() > until):
+                    _kill(task.process)
+                if task.state == "running":
+                    self._poll(task)
+            time.sleep(0.1)
+
+    def _verdict(self) -> int:
+        failed = [t for t in self.tasks if t.state == "failed"]
+        finished = sum(t.state == "finished" for t in self.tasks)
+        print(f"{finished} of {len(self.tasks)} cells finished, {len(failed)} failed")
+        for task in failed:
+            print(f"failed       {task.cell.name}: {task.reason}" + (f"; {self._log(task)}" if task.attempts else ""))
+        if self.asked is not None:
+            print("xact: interrupted; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+        return 1 if failed else 0
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _reason(code: int, log: IO[bytes]) -> str:
+    """The run's own last word, if it has one."""
+    if code == 0:
+        return "ended without having reached its last step"
+    if code == SAVED:
+        return "saved after a signal"
+    log.seek(0, 2)
+    log.seek(max(0, log.tell() - 4096))
+    lines = log.read().decode(errors="replace").splitlines()
+    told = next((line for line in reversed(lines) if line.startswith("xact: ")), None)
+    what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{what}: {told.removeprefix('xact: ')}" if told and code > 0 else what
