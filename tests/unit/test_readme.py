@@ -28,6 +28,15 @@ def test_speed_and_perplexity_are_those_of_committed_results():
         assert figure in README, f"README does not have {figure}"
 
 
+def test_ratios_of_the_kernels_are_those_of_the_committed_result():
+    kernels = json.loads((ROOT / "tools/results/kernels_cpu.json").read_text())
+    ratios = {(s["activation"], s["dtype"], s["peer"]): f"{s['ratio']:.2f}" for s in kernels["speedups"]}
+    columns = [(dtype, peer) for peer in ("eager", "torch.compile") for dtype in ("float32", "bfloat16")]
+    for title, name in (("xIELU", "xielu"), ("xIPReLU", "xiprelu"), ("ReLU^2", "relu2"), ("SwiGLU", "swiglu")):
+        row = " | ".join(ratios[name, *column] for column in columns)
+        assert f"| {title} | {row} |" in README
+
+
 def test_its_files_and_commands_exist():
     for path in re.findall(r"`?((?:launch|tests|tools|configs)/[\w./-]+\.(?:sh|py|toml|json|png))", README):
         assert (ROOT / path).exists(), path
