@@ -152,6 +152,7 @@ def compare(
     for name in names:
         activation = activations.get(name)
         for dtype in dtypes:
+            torch.compiler.reset()  # after eight compilations of one function torch.compile would run it eagerly
             for contender, call in contenders(activation).items():
                 found += measure(contender, call, activation, dtype, rows, columns, device, repeats)
     return found
