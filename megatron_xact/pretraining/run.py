@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_xact.pretraining import config as config_file
 from megatron_xact.pretraining import exits, failures, launchers, signals, supervisor
 from megatron_xact.pretraining.config import RunConfig, validate
+from megatron_xact.pretraining.files import write_text
 from megatron_xact.pretraining.launchers import Plan
 from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
 
@@ -191,7 +192,6 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
     from torch.distributed.checkpoint import CheckpointException
 
     from megatron_xact.pretraining import gpt, stopping
-    from megatron_xact.pretraining.checkpointing.folder import write_text
     from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
     from megatron_xact.pretraining.guards import ReplicaMismatch
 
@@ -355,7 +355,7 @@ def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, ter
         plots = []
         if results.loss:
             plots = plot.draw(results, run_folder / "plots")
-            (run_folder / "report.json").write_text(json.dumps(report.figures(results), indent=1) + "\n")
+            write_text(run_folder / "report.json", json.dumps(report.figures(results), indent=1) + "\n")
         lines += [report.summary(results), *(f"plot         {path}" for path in plots)]
         lines += [f"checkpoints  {run_folder}", f"config       {run_folder / 'config.toml'}"]
     if text is not None:

@@ -12,6 +12,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_xact.pretraining.checkpointing.folder import TRACKER
+
 FLAG = "requeue"  # RUN/requeue: a signal ended the run in order, it is saved and to go on
 
 
@@ -76,7 +78,7 @@ def read_json(file: Path) -> dict:
 def latest_step(run: Path) -> int:
     """The step of the newest complete checkpoint, by Megatron's tracker file; 0: there is none."""
     try:
-        word = (run / "latest_checkpointed_iteration.txt").read_text().strip()
+        word = (run / TRACKER).read_text().strip()
     except OSError:
         return 0
     return int(word) if word.isdecimal() else 0

@@ -14,7 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_xact.pretraining.checkpointing import checksums, retention, space
-from megatron_xact.pretraining.checkpointing.folder import TRACKER, damage, name_of, saved_steps, write_text
+from megatron_xact.pretraining.checkpointing.folder import TRACKER, damage, name_of, saved_steps
+from megatron_xact.pretraining.files import write_text
 
 STEPS = (4, 8, 12, 16, 20)
 

@@ -14,7 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_xact.pretraining.checkpointing.folder import write_text
+from megatron_xact.pretraining.files import write_text
 
 NAME = "integrity.json"
 _THREADS = 8

@@ -25,8 +25,8 @@ from megatron_xact.pretraining.checkpointing.folder import (
     name_of,
     saved_steps,
     tracked,
-    write_text,
 )
+from megatron_xact.pretraining.files import write_text
 
 _PATIENCE = timedelta(minutes=30)  # for the slowest rank to read its part of a checkpoint
 

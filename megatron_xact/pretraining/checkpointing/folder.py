@@ -8,7 +8,6 @@ a kill in between leaves it empty.
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -39,16 +38,6 @@ def tracked(folder: Path) -> int | str | None:
     if not (word.isascii() and word.isdecimal()):
         raise ValueError(f"is corrupt: {word[:40]!r} is no iteration")
     return int(word)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file with this text, or with what it had before: it is never seen half-written, nor after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def is_cut_off(checkpoint: Path) -> bool:

@@ -11,8 +11,8 @@ from megatron_xact.pretraining.checkpointing.folder import (
     name_of,
     saved_steps,
     tracked,
-    write_text,
 )
+from megatron_xact.pretraining.files import write_text
 
 _DELETED, _SUPERSEDED = "deleted-", "superseded-"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_xact.pretraining.data import manifest
 from megatron_xact.pretraining.data.corpus import Position
 from megatron_xact.pretraining.data.indexed import Totals
+from megatron_xact.pretraining.files import write_text
 
 FOLDER, JOURNAL, LOCK = ".building", "state.json", "lock"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -102,7 +103,7 @@ def clear(folder: Path) -> None:
 
 def save(folder: Path, state: State) -> None:
     """Replace the journal. What it speaks of must be on the disk already."""
-    manifest.write_whole(folder / JOURNAL, json.dumps(asdict(state)))
+    write_text(folder / JOURNAL, json.dumps(asdict(state)))
 
 
 def load(folder: Path) -> State | None:

@@ -1,9 +1,10 @@
 """`data.json`: what lies in a data folder and how it was made. Written last: a folder with one is whole."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from megatron_xact.pretraining.files import write_text
 
 NAME = "data.json"
 FORMAT = 1  # raised when the same settings would give other tokens
@@ -89,17 +90,7 @@ class DataManifest:
     def write(self, folder: Path) -> None:
         record = asdict(self) | {"format": FORMAT, "bytes_per_token": self.bytes_per_token}
         del record["folder"], record["reused"]
-        write_whole(folder / NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there with all of the text, on the disk, or as it was before."""
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_text(folder / NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def load(folder: Path) -> DataManifest:
