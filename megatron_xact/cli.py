@@ -182,9 +182,9 @@ COMMANDS = {
         _study,
     ),
     "bench": Command(
-        "how fast the activation kernels are on this machine, beside the published formula",
-        _lazy("megatron_xact.bench", "add_arguments"),
-        _lazy("megatron_xact.bench", "main"),
+        "how fast activations and whole MLPs are on this machine, and which way a run would take",
+        _lazy("megatron_xact.bench.command", "add_arguments"),
+        _lazy("megatron_xact.bench.command", "main"),
     ),
 }
 

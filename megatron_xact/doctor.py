@@ -174,8 +174,14 @@ def _optional() -> Iterator[Check]:
             "flash_attn", ("flash-attn",), "TransformerEngine's flash attention backend (torch has its own)",
             "pip install flash-attn --no-build-isolation",
         ),
-        "quack": ("quack", ("quack-kernels",), "not used by this version", "pip install quack-kernels"),
-        "deepspeed": ("deepspeed", ("deepspeed",), "not used by this version", "pip install deepspeed"),
+        "quack": (
+            "quack", ("quack-kernels",), 'activations inside matrix products on Hopper ([xact] mlp = "quack")',
+            _extra("quack"),
+        ),
+        "deepspeed": (
+            "deepspeed", ("deepspeed",), 'ZeRO 1-3 and offload to host memory ([xact] engine = "deepspeed")',
+            _extra("deepspeed"),
+        ),
         "dali": (
             "nvidia.dali", ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
             'a loader of batches ([xact] loader = "dali")', _extra("dali"),
@@ -189,7 +195,7 @@ def _optional() -> Iterator[Check]:
         if _present(module):
             yield Check(name, OK, version or "present (built from source)")
         else:
-            yield Check(name, ABSENT, f"adds {adds}" if not adds.startswith("not used") else adds, install)
+            yield Check(name, ABSENT, f"adds {adds}", install)
 
 
 def _transformer_engine() -> Check:

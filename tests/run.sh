@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash launch/env.sh test,data
+bash launch/env.sh test,data,deepspeed
 
 # Ranks of distributed tests set their own number; a single process gains little beyond two cores here.
 cores=$(getconf _NPROCESSORS_ONLN)

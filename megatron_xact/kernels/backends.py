@@ -32,6 +32,10 @@ def select_backend(name: str) -> None:
     _choice = name
 
 
+def selected() -> str:
+    return _choice
+
+
 def backend_of(activation: Activation, x: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` serve pre-activations x."""
     # eps asks for the bits of code that rounds after every operation: no fused pass keeps them.

@@ -51,10 +51,16 @@ def forward(
 
 
 def backward(
-    activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    activation: Activation,
+    x: Tensor,
+    p: Values,
+    dy: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    emit_y: bool = False,
 ) -> reference.Backward:
     """As `reference.backward`, with dx and all sums from one pass."""
-    return _compiled(activation, "backward")(x, p, dy, bias, scale)
+    return _compiled(activation, "backward")(x, p, dy, bias, scale, emit_y)
 
 
 @functools.cache

@@ -33,13 +33,37 @@ class TrainableActivation(torch.nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [s, b, F/tp] (gated: [s, b, 2 F/tp], gate half first), bias: x's last dimension -> [s, b, F/tp]."""
-        p = self.activation.effective(dict(self.named_parameters()))
-        return apply_activation(self.activation, x, sum_gradients_over_tensor_parallel(p, self.tp_group), bias=bias)
+        return apply_activation(self.activation, x, self.differentiable_values(), bias=bias)
+
+    def differentiable_values(self) -> dict[str, Tensor | float]:
+        """Effective values by symbol; gradients that come back into them are summed over the tensor-parallel ranks."""
+        p = self.activation.effective(self.raw())
+        return sum_gradients_over_tensor_parallel(p, self.tp_group)
+
+    def tell_hooks(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """To the forward hooks, what they would have seen, from a layer that has computed y itself.
+
+        RuntimeError: a hook would change y, which can no longer be done.
+        """
+        for number, hook in list(self._forward_hooks.items()):
+            kwargs = ({},) if number in self._forward_hooks_with_kwargs else ()
+            if hook(self, (x, bias), *kwargs, y) is not None:
+                raise RuntimeError("a forward hook changes the activation's output, which a fused layer cannot follow")
+
+    def raw(self) -> dict[str, torch.nn.Parameter]:
+        """The raw parameters by name, also while `hide` keeps them from those who ask for a module's parameters."""
+        return {q.name: getattr(self, q.name) for q in self.activation.trainable}
+
+    def hide(self) -> None:
+        """From now on `raw` alone tells of the parameters. For ZeRO 3, which shards and flattens all that it finds."""
+        for name, parameter in self.raw().items():
+            del self._parameters[name]
+            object.__setattr__(self, name, parameter)
 
     @torch.no_grad()
     def effective_values(self) -> dict[str, float]:
         """Parameter name -> effective value, e.g. {"alpha_p": 0.8, "alpha_n": 0.8} at initialisation."""
-        p = self.activation.effective(dict(self.named_parameters()))
+        p = self.activation.effective(self.raw())
         return {q.name: float(p[q.symbol]) for q in self.activation.trainable}
 
     def sharded_state_dict(
@@ -50,7 +74,7 @@ class TrainableActivation(torch.nn.Module):
         Megatron's default for plain modules makes every tensor-parallel rank the main replica, and saving then fails.
         """
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
+            self.raw(),
             prefix,
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,

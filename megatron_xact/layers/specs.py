@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import is_te_min_version
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
@@ -51,9 +52,8 @@ def decoder_block(
         _refuse_unsavable(transformer)
     use_te = transformer.transformer_impl == "transformer_engine" and HAVE_TE
     layer = _te_layer(transformer) if use_te else _local_layer(transformer)
-    layer.mlp = partial(
-        ActivationMLP.as_mlp_submodule, submodules=layer.mlp.keywords["submodules"], activation=activation
-    )
+    mlp = _te_mlp(transformer) if use_te else ActivationMLP
+    layer.mlp = partial(mlp.as_mlp_submodule, submodules=layer.mlp.keywords["submodules"], activation=activation)
     _announce(activation, transformer, use_te)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)]
@@ -86,6 +86,17 @@ def _te_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
     return get_gpt_layer_with_transformer_engine_submodules(
         qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
     )
+
+
+def _te_mlp(config: TransformerConfig) -> type[ActivationMLP]:
+    """TE's operations where Megatron's flag asks for them, else its modules; both with our own cast to FP8 inside."""
+    if not is_te_min_version("2.13.0"):
+        if config.use_transformer_engine_op_fuser:
+            raise ValueError("use-transformer-engine-op-fuser with these activations needs TransformerEngine >= 2.13")
+        return ActivationMLP
+    from megatron_xact.layers import te_mlp  # where TransformerEngine is missing, it cannot be imported
+
+    return te_mlp.OperationMLP if config.use_transformer_engine_op_fuser else te_mlp.QuantizingMLP
 
 
 def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:

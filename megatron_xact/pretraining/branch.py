@@ -103,4 +103,5 @@ def _refuse_start(trunk: Path, step: int, whole: RunConfig) -> None:
     if damage(trunk / name_of(step)) is not None:
         others = ", ".join(str(s) for s in saved_steps(trunk) if damage(trunk / name_of(s)) is None) or "none"
         raise ValueError(f"branch-from: no whole checkpoint of step {step} in {trunk}; there are: {others}")
-    resume.refuse_misfit(trunk / name_of(step), arguments.parse(whole.arguments()), whole.activation.identity())
+    args, activation = arguments.parse(whole.arguments()), whole.activation.identity()
+    resume.refuse_misfit(trunk / name_of(step), args, activation, whole.xact.engine)

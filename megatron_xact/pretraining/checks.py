@@ -53,10 +53,14 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     _parallel(args, world_size)
     _data(args)
     _loader(config.xact.loader)
+    _mlp(config.xact.mlp)
     _tokenizer(args)
-    _optimizer(args, config.activation)
+    if config.xact.engine == "deepspeed":
+        _deepspeed(args, config)
+    else:
+        _optimizer(args, config.activation)
     _retention(args, config.xact)
-    _checkpoint(args, config.activation.identity(), config.branch)
+    _checkpoint(args, config.activation.identity(), config.branch, config.xact.engine)
 
 
 def _required(args: Namespace) -> None:
@@ -197,6 +201,14 @@ def _loader(loader: str) -> None:
         )
 
 
+def _mlp(mlp: str) -> None:
+    """Is the package of a named backend here? Whether it serves this GPU and model is for the ranks to say."""
+    install = {"triton": "pip install triton", "quack": "pip install 'megatron-xact[quack]'"}
+    if mlp in install and importlib.util.find_spec(mlp) is None:
+        raise ValueError(f"mlp = {mlp!r} in [xact] needs the package {mlp}, which is not installed: {install[mlp]}, or "
+                         "leave mlp out")  # fmt: skip
+
+
 def _prefixes(blend: list[str]) -> list[str]:
     """The names in a blend: a list of names, or of weight, name, weight, name, ..."""
     weights, names = blend[::2], blend[1::2]
@@ -226,6 +238,40 @@ def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
         )
 
 
+# What is written for Megatron's buffers of gradients, and what has not been tried.
+NOT_WITH_DEEPSPEED = (
+    "use-megatron-fsdp",
+    "use-torch-fsdp2",
+    "fp16",
+    "fp8-format",
+    "calculate-per-token-loss",
+    "rampup-batch-size",
+)
+
+
+def _deepspeed(args: Namespace, config: RunConfig) -> None:
+    """ZeRO's part of `validate`."""
+    for key in NOT_WITH_DEEPSPEED:
+        if config.megatron.get(key):
+            raise ValueError(f'engine = "deepspeed" in [xact] does not go with {key} = {config.megatron[key]!r}')
+    for key, value in (("pipeline-model-parallel-size", 1), ("context-parallel-size", 1), ("optimizer", "adam"),
+                       ("ckpt-format", "torch_dist"), ("transformer-impl", "local")):  # fmt: skip
+        if config.megatron.get(key, value) != value:
+            raise ValueError(f'engine = "deepspeed" in [xact] needs {key} = {value!r}, not {config.megatron[key]!r}')
+    if args.sequence_parallel and args.tensor_model_parallel_size > 1:
+        raise ValueError('engine = "deepspeed" in [xact] does not go with sequence-parallel = True at tensor sizes > 1')
+    if config.deepspeed.offload_parameters and config.deepspeed.zero_stage != 3:
+        raise ValueError(
+            f"offload-parameters in [deepspeed] needs zero-stage = 3, not {config.deepspeed.zero_stage}: only it "
+            "shares parameters out"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            'engine = "deepspeed" in [xact] needs DeepSpeed, which is not installed: pip install '
+            "'megatron-xact[deepspeed]', or leave engine out"
+        )
+
+
 def _retention(args: Namespace, xact: XactConfig) -> None:
     if xact.keep_every and not xact.keep_checkpoints:
         raise ValueError(f"keep-every = {xact.keep_every} has no effect without keep-checkpoints: all are kept")
@@ -236,7 +282,7 @@ def _retention(args: Namespace, xact: XactConfig) -> None:
         )
 
 
-def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchConfig) -> None:
+def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchConfig, engine: str) -> None:
     folders = {
         name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")
     }
@@ -258,7 +304,7 @@ def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchCo
             leaves_trunk = bool(branch.trunk) and checkpoint.parent == Path(branch.trunk)  # and its schedule
             override = args.override_opt_param_scheduler or leaves_trunk
             new = Namespace(**vars(args) | {"override_opt_param_scheduler": override})
-            resume.refuse_misfit(checkpoint, new, activation)
+            resume.refuse_misfit(checkpoint, new, activation, engine)
 
 
 def _refuse_to_start_over(save: Path) -> None:

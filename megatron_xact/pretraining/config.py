@@ -29,12 +29,21 @@ from pathlib import Path
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import backends
+from megatron_xact.kernels import backends, mlp_choice
 from megatron_xact.pretraining import arguments, signals
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
 
-__all__ = ["ActivationConfig", "BranchConfig", "LaunchConfig", "RunConfig", "XactConfig", "load", "validate"]
+__all__ = [
+    "ActivationConfig",
+    "BranchConfig",
+    "DeepSpeedConfig",
+    "LaunchConfig",
+    "RunConfig",
+    "XactConfig",
+    "load",
+    "validate",
+]
 
 TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
 Tables = dict[str, dict[str, object]]
@@ -86,6 +95,13 @@ class XactConfig:
     """What the sample continues."""
     kernels: str = "auto"
     """What computes activations: "auto" (the fastest there is), "triton" (that or an error), "reference" (torch)."""
+    mlp: str = "unfused"
+    """Activations inside the MLP's GEMMs: "auto" (where measured to be faster), "unfused", or "triton" or "quack".
+
+    Not "auto" by default as long as the fused kernels have not run on a GPU.
+    """
+    engine: str = "megatron"
+    """What shards optimizer states and parameters over data-parallel ranks: "megatron", or "deepspeed" (its ZeRO)."""
     loader: str = "megatron"
     """What fetches batches: "megatron" (its own loader) or "dali" (NVIDIA's); the same batches in the same order."""
     statistics_interval: int = 100
@@ -115,6 +131,18 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    """[deepspeed], with engine = "deepspeed" in [xact]."""
+
+    zero_stage: int = 1
+    """What the data-parallel ranks share out: 1 optimizer states, 2 and gradients, 3 and parameters."""
+    offload_optimizer: bool = False
+    """Whether optimizer states and fp32 masters live in host memory, and AdamW runs there."""
+    offload_parameters: bool = False
+    """Whether parameters live there too between their uses; stage 3 only."""
+
+
+@dataclass(frozen=True)
 class BranchConfig:
     """[branch], as `--branch-from` writes it: a run that leaves another one, its trunk, for a cooldown of its own."""
 
@@ -131,10 +159,13 @@ class BranchConfig:
         return (Path(self.trunk), self.step) if self.trunk else None
 
 
-OURS = {"xact": XactConfig, "launch": LaunchConfig, "branch": BranchConfig}
+OURS = {"xact": XactConfig, "launch": LaunchConfig, "deepspeed": DeepSpeedConfig, "branch": BranchConfig}
 AFTER = ("restart", "stop")
 CHOICES = {"kernels": backends.CHOICES, "signal": signals.CHOICES, "on_failure": AFTER, "on_nan": AFTER}
-CHOICES |= {"loader": ("megatron", "dali")}
+CHOICES |= {"mlp": mlp_choice.CHOICES, "loader": ("megatron", "dali")}
+CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3)}
+# Megatron's sharding of the optimizer, which one config may ask for while engine = "deepspeed" puts ZeRO in its place.
+ZERO_INSTEAD = ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
 # What the DALI loader does not do; its batches reach Megatron as those of an external loader.
 NOT_WITH_DALI = (
     "dataloader-type",
@@ -155,6 +186,7 @@ class RunConfig:
     activation: ActivationConfig
     xact: XactConfig
     launch: LaunchConfig = LaunchConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     branch: BranchConfig = BranchConfig()
     source: Path | None = field(default=None, compare=False)
     tables: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -162,9 +194,9 @@ class RunConfig:
 
     def arguments(self) -> list[str]:
         """Megatron's command line; with --swiglu if gated: Megatron sizes fc1 and counts FLOPs by it."""
-        words = [
-            word for key, value in self.megatron.items() for word in arguments.find(key)[0].tokens(value)
-        ]
+        left_out = ZERO_INSTEAD if self.xact.engine == "deepspeed" else ()
+        given = ((key, value) for key, value in self.megatron.items() if key not in left_out)
+        words = [word for key, value in given for word in arguments.find(key)[0].tokens(value)]
         if self.xact.loader == "dali":
             words += ["--dataloader-type", "external"]
         return words + (["--swiglu"] if self.activation.record().gated else [])
@@ -199,7 +231,8 @@ class RunConfig:
         }
         if a.trainable is not None:
             activation["trainable"] = list(a.trainable)
-        ours = {table: _hyphenated(getattr(self, table)) for table in OURS if table != "branch" or self.branch.trunk}
+        meant = {"deepspeed": self.xact.engine == "deepspeed", "branch": bool(self.branch.trunk)}
+        ours = {table: _hyphenated(getattr(self, table)) for table in OURS if meant.get(table, True)}
         return {name: t for name, t in tables.items() if t} | {"activation": activation} | ours
 
 
@@ -352,7 +385,7 @@ def _check_ours(kind: type, entries: dict, place: str) -> dict[str, Setting]:
     return checked
 
 
-def _hyphenated(settings: XactConfig | LaunchConfig | BranchConfig) -> dict[str, Setting]:
+def _hyphenated(settings: XactConfig | LaunchConfig | DeepSpeedConfig | BranchConfig) -> dict[str, Setting]:
     return {f.name.replace("_", "-"): getattr(settings, f.name) for f in fields(settings)}
 
 

@@ -7,8 +7,13 @@ one MIN and one MAX over a few ten thousand integers, so it costs next to nothin
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
+
+from megatron_xact.layers.activation import TrainableActivation
+from megatron_xact.pretraining.zero.whole import whole
 
 
 class ReplicaMismatch(RuntimeError):
@@ -27,18 +32,19 @@ def check_replicas(
     if tp_group.size() == 1:
         return
     names, parameters = _replicated(model_chunks)
-    bits = torch.cat([_bits(p) for p in parameters])
-    low, high = bits.clone(), bits
-    torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=tp_group)
-    torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=tp_group)
-    if torch.equal(low, high):
-        return
-    at = (low != high).nonzero()[0].item()  # position among all compared elements, then within its parameter
-    which = 0
-    while at >= parameters[which].numel():
-        at -= parameters[which].numel()
-        which += 1
-    value = parameters[which].detach().reshape(-1)[at : at + 1].float()
+    with whole(parameters):
+        bits = torch.cat([_bits(p) for p in parameters])
+        low, high = bits.clone(), bits
+        torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=tp_group)
+        torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=tp_group)
+        if torch.equal(low, high):
+            return
+        at = (low != high).nonzero()[0].item()  # position among all compared elements, then within its parameter
+        which = 0
+        while at >= parameters[which].numel():
+            at -= parameters[which].numel()
+            which += 1
+        value = parameters[which].detach().reshape(-1)[at : at + 1].float()
     values = [torch.empty_like(value) for _ in range(tp_group.size())]
     torch.distributed.all_gather(values, value, group=tp_group)
     ranks = torch.distributed.get_process_group_ranks(tp_group)
@@ -52,7 +58,13 @@ def check_replicas(
 def _replicated(model_chunks: list[torch.nn.Module]) -> tuple[list[str], list[Tensor]]:
     found = {}
     for chunk in model_chunks:
-        for name, parameter in chunk.named_parameters():
+        alphas = (
+            (f"{name}.{key}", parameter)
+            for name, module in chunk.named_modules()
+            if isinstance(module, TrainableActivation)
+            for key, parameter in module.raw().items()
+        )
+        for name, parameter in itertools.chain(chunk.named_parameters(), alphas):  # under ZeRO, the alphas are hidden
             if not getattr(parameter, "tensor_model_parallel", False):
                 found[_with_global_layer(chunk, name)] = parameter
     return list(found), list(found.values())

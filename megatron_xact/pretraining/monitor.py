@@ -84,6 +84,10 @@ class Monitor:
     def finalize_model_grads(self, model: list[torch.nn.Module], *args, **kwargs) -> None:
         """Megatron's own, then a look at the model: the function for `config.finalize_model_grads_func`."""
         finalize_model_grads(model, *args, **kwargs)
+        self.look(model)
+
+    def look(self, model: list[torch.nn.Module], *args, **kwargs) -> None:
+        """What is due once the gradients of a step are there: the same function where they need nothing more."""
         step = get_args().curr_iteration
         self.progress(step=step)
         if self._optimizer is None and _reports():

@@ -32,6 +32,10 @@ def prepare(config: RunConfig) -> dict[str, Value]:
             "its checkpoints back into torch's AdamW; install one (`xact doctor`) or leave the flag out"
         )
     arguments |= _for_async_saves(config)
+    if config.xact.engine == "deepspeed":
+        # Its parameters have no main_grad, into which Megatron's fused kernel and TransformerEngine's modules add.
+        arguments |= missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=False)
+        arguments["no-gradient-accumulation-fusion"] = True
     return {key: value for key, value in arguments.items() if key not in config.megatron}
 
 

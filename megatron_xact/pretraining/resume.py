@@ -15,11 +15,11 @@ SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
          "add_bias_linear", "untie_embeddings_and_output_weights")  # fmt: skip
 
 
-def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, object]) -> None:
+def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, object], engine: str) -> None:
     """ValueError, one line, for the first thing in which `checkpoint` (torch_dist) and the run contradict.
 
-    args: Megatron's, as parsed; activation: `ActivationConfig.identity()`. Checkpoints that say nothing of a
-    matter (weights alone; an activation that Megatron's own programs trained) are not refused for it.
+    args: Megatron's, as parsed; activation: `ActivationConfig.identity()`; engine: as in [xact]. Checkpoints that say
+    nothing of a matter (weights alone; an activation that Megatron's own programs trained) are not refused for it.
     """
     common = _common_state(checkpoint)
     saved = common.get("args")
@@ -34,6 +34,7 @@ def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, objec
     if not args.use_checkpoint_args:
         _refuse_other_shape(checkpoint, saved, args)
     if not (args.finetune or args.no_load_optim or args.skip_train):
+        _refuse_other_engine(checkpoint, getattr(saved, "xact_engine", "megatron"), engine)
         _refuse_other_optimizer(checkpoint, saved, common.get("content_metadata") or {}, args)
         if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
             _refuse_other_schedule(checkpoint, common.get("opt_param_scheduler") or {}, args)
@@ -77,6 +78,14 @@ def _refuse_other_shape(checkpoint: Path, saved: Namespace, args: Namespace) -> 
                 f"checkpoint {checkpoint} has {name.replace('_', '-')} = {theirs}, but this run {ours}: "
                 "make them equal, or train in another folder"
             )
+
+
+def _refuse_other_engine(checkpoint: Path, theirs: str, ours: str) -> None:
+    if theirs != ours:
+        raise ValueError(
+            f"the optimizer's state in checkpoint {checkpoint} is that of engine = {theirs!r}, but this run has engine "
+            f"= {ours!r} in [xact]: make it the same, or go on from the weights alone (no-load-optim = true)"
+        )
 
 
 def _refuse_other_optimizer(checkpoint: Path, saved: Namespace, metadata: dict, args: Namespace) -> None:

@@ -199,16 +199,17 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         run_folder.mkdir(parents=True, exist_ok=True)
         write_text(run_folder / "config.toml", config.dump())
     try:
-        pretrain(
-            container,
-            stopping.unless_asked(
-                gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
-            ),
-            ModelType.encoder_or_decoder,
-            monitor.watch_loss(gpt.forward_step),
-            get_embedding_ranks=gpt.embedding_ranks,
-            store=ranks.store,
-        )
+        datasets = gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
+        datasets, forward_step = stopping.unless_asked(datasets), monitor.watch_loss(gpt.forward_step)
+        if config.xact.engine == "deepspeed":
+            from megatron_xact.pretraining.zero import training as zero
+
+            zero.pretrain(config, container, datasets, forward_step, gpt.embedding_ranks, ranks.store)
+        else:
+            pretrain(
+                container, datasets, ModelType.encoder_or_decoder, forward_step,
+                get_embedding_ranks=gpt.embedding_ranks, store=ranks.store,
+            )  # fmt: skip
         monitor.close()
         _tell_results(args, config, monitor, run_folder, terminal)
     except SystemExit as ending:  # Megatron's loop ended early
@@ -294,6 +295,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_xact.kernels.backends import select_backend
+    from megatron_xact.layers import fused_mlp
     from megatron_xact.layers.specs import decoder_block
     from megatron_xact.pretraining import stopping
     from megatron_xact.pretraining.checkpointing.keeper import Keeper
@@ -306,14 +308,16 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     sys.argv = ["xact pretrain", *words]
     args = parse_and_validate_args()
     # Saved with every checkpoint, so that one can tell what its alphas belong to.
-    args.xact_activation = config.activation.identity()
+    args.xact_activation, args.xact_engine = config.activation.identity(), config.xact.engine
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
+    fused_mlp.select(config.xact.mlp, config.activation.record(), model.transformer)
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
     intervals = config.xact.guard_interval, config.xact.telemetry_interval, config.xact.statistics_interval
     monitor = Monitor(run_folder, terminal, *intervals, progress=progress)
     stopping.arm(args, run_folder)
 
+    by_zero = config.xact.engine == "deepspeed"
     keeper = None
     if run_folder is not None and "://" not in args.save and not args.skip_train:
         keeper = Keeper(run_folder, config.xact, terminal)
@@ -323,13 +327,14 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
         monitor.model = chunks
         if keeper is not None:
             keeper.check_start(chunks)
-        apply_policy(monitor.activation_parameters(), config.activation.lr_mult, config.activation.weight_decay)
-        make_16_bit_runs_savable(chunks)
+        if not by_zero:  # ZeRO's optimizer has groups of its own
+            apply_policy(monitor.activation_parameters(), config.activation.lr_mult, config.activation.weight_decay)
+            make_16_bit_runs_savable(chunks)
         return chunks
 
     model.post_wrap_hooks.append(attach)
     watch = keeper.watch if keeper is not None else lambda function: function
-    model.transformer.finalize_model_grads_func = watch(monitor.finalize_model_grads)
+    model.transformer.finalize_model_grads_func = watch(monitor.look if by_zero else monitor.finalize_model_grads)
     return args, pretrain_cfg_container_from_args(args, model), monitor, keeper
 
 

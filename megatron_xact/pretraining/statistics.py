@@ -60,7 +60,7 @@ class ActivationModule(Protocol):
 
     activation: Activation
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def raw(self) -> dict[str, torch.nn.Parameter]: ...
     def register_forward_hook(self, hook): ...
 
 
@@ -139,7 +139,7 @@ class Probe:
     def _measure(self, number: int, module: ActivationModule, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # inside a CUDA graph this would run at every replay
-        p = module.activation.effective(dict(module.named_parameters()))
+        p = module.activation.effective(module.raw())
         self._partials[number] = self._partial(module.activation, p, y, *args, **kwargs)
 
     def _partial(self, activation: Activation, p: Values, y: Tensor, x: Tensor, bias: Tensor | None = None) -> _Partial:

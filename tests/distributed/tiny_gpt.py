@@ -73,6 +73,7 @@ def build(
     *,
     ddp: bool = True,
     distributed_optimizer: bool = False,
+    ddp_settings: dict | None = None,
     tied: bool = False,
     **changes,
 ) -> torch.nn.Module:
@@ -90,7 +91,9 @@ def build(
     )
     [chunk] = GPTModelBuilder(model).build_distributed_models(
         groups,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, **ddp_settings or {}
+        ),
         wrap_with_ddp=ddp,
         mixed_precision_wrapper=Float16Module if config.bf16 else None,
     )

@@ -122,6 +122,12 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 DISTRIBUTED = ("--use-distributed-optimizer",)
 RESHARDABLE = (*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable")
 GATED = ("--set", "activation.name=xsilu_glu1")
+POLICY = ("--set", "activation.lr-mult=10", "--set", "activation.weight-decay=0.5")
+
+
+def zero(stage: int, *words: str) -> tuple[str, ...]:
+    """The words for DeepSpeed's ZeRO of this stage."""
+    return ("--set", "xact.engine=deepspeed", "--set", f"deepspeed.zero-stage={stage}", *words)
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,16 @@ JOBS = {
         ends_well=False,
     ),
     "perturbed, again": Job(TP2, 2, again_after="perturbed"),
+    "policy": Job(POLICY),
+    "zero1 tp2": Job(zero(1, *TP2), 2),
+    "zero2 dp2": Job(zero(2), 2),
+    "zero3 tp2 dp2": Job(zero(3, *TP2), 4),
+    "zero2 gated dp2": Job(zero(2, *GATED), 2),
+    "zero3 bf16 dp2": Job(zero(3, "--bf16"), 2),
+    "zero2 policy tp2": Job(zero(2, *POLICY, *TP2), 2),
+    "zero2 dp2@8 to zero3 tp2": Job(zero(3, *TP2), 2, ("zero2 dp2", 8)),
+    "zero3 bf16 dp2@8": Job(zero(3, "--bf16"), 2, ("zero3 bf16 dp2", 8)),
+    "zero3 tp2 dp2@8 by megatron": Job(("--no-load-optim",), 1, ("zero3 tp2 dp2", 8)),
 }
 
 

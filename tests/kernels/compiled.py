@@ -130,15 +130,20 @@ def compiled(
         signature[argument] = given.get(argument) or "constexpr"
         if signature[argument] == "constexpr":
             values[argument] = constants.get(argument)
-        elif divisible and signature[argument] != "fp32":
+        elif divisible and signature[argument] != "fp32" and not signature[argument].startswith("tensordesc"):
             hints[(i,)] = [["tt.divisibility", 16]]
     binary = triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", arch, 32),
         options={key: value for key, value in constants.items() if key not in kernel.arg_names},
     )
+    return disassembled(binary.asm["cubin"], elements, binary.metadata.shared)
+
+
+def disassembled(cubin: bytes, elements: int, shared_bytes: int = 0) -> Binary:
+    """shared_bytes: what is asked for at launch, which a cubin does not say."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
         dumps = [
             subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True)
@@ -149,7 +154,7 @@ def compiled(
     return Binary(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared_bytes=binary.metadata.shared,
+        shared_bytes=shared_bytes,
         instructions=Counter(opcodes),
         elements=elements,
     )

@@ -1,4 +1,4 @@
-"""`xact bench kernels`: runs here, writes what it says, and its ratios are those of its own raw timings."""
+"""`xact bench`: runs here, writes what it says, and its ratios are those of its own raw timings."""
 
 import json
 import statistics
@@ -30,4 +30,35 @@ def test_bench_kernels(tmp_path, capsys):
 def test_wrong_names_are_refused_before_anything_is_measured(tmp_path, capsys):
     assert cli.main(["bench", "kernels", "--activations", "xielo", "--out", str(tmp_path / "none")]) == 2
     assert "did you mean xielu" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_bench_mlp(tmp_path, capsys, monkeypatch):
+    """Without a GPU: unfused and the peers, one line of the table each; and why nothing else can be chosen."""
+    monkeypatch.setenv("XACT_CACHE", str(tmp_path / "cache"))
+    words = "bench mlp --activations xielu swiglu --tokens 8 --hidden 16 --tp 2 --bias --repeats 1 --refresh --out"
+    assert cli.main([*words.split(), str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (tmp_path / "mlp.png").read_bytes().startswith(b"\x89PNG")
+    shapes = json.loads((tmp_path / "mlp.json").read_text())["shapes"]
+    assert [(s["activation"], s["ffn"], s["tp"]) for s in shapes] == [("xielu", 48, 2), ("swiglu", 32, 2)]
+    for s in shapes:
+        assert s["seconds"].keys() == {"GEMMs alone", "eager", "torch.compile", "unfused"}
+        assert s["chosen"] == "unfused" and "it needs a GPU" in s["reason"] and s["bias"] and s["dtype"] == "float32"
+        rows = s["ffn"] * (2 if s["activation"] == "swiglu" else 1)
+        assert s["flops"] == 3 * 2 * 8 * 16 * (rows + s["ffn"])  # forward, and twice that backward
+        for contender, seconds in s["seconds"].items():
+            assert f"{contender:16}{seconds * 1e3:10.3f}" in said
+    assert said.count(" *unfused") == 2
+    assert not (tmp_path / "cache").exists()  # there was nothing to choose
+
+
+def test_impossible_sizes_of_an_mlp_are_refused(tmp_path, capsys):
+    for words, told in {
+        "--tp 5 --hidden 16": "--tp 5 must divide the ffn width, 96",
+        "--tp 0": "--tp 0 must be at least 1",
+        "--activations swigloo": "did you mean swiglu",
+    }.items():
+        assert cli.main(["bench", "mlp", *words.split(), "--out", str(tmp_path / "none")]) == 2
+        assert told in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -28,18 +28,19 @@ def test_without_a_gpu_it_says_so():
 def test_its_logic_on_the_cpu(tmp_path):
     out = tmp_path / "result.json"
     done = suite("--device", "cpu", "--only", "accuracy", "sums", "huge", "determinism", "memory", "bandwidth",
-                 "training", "--out", out)  # fmt: skip
+                 "training", "mlp", "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     status = {name: section["status"] for name, section in result["sections"].items()}
-    assert status == dict.fromkeys(["accuracy", "sums", "huge", "determinism", "bandwidth"], "ok") | dict.fromkeys(
-        ["memory", "training"], "skipped"
-    )
+    ran = ["accuracy", "sums", "huge", "determinism", "bandwidth", "mlp"]
+    assert status == dict.fromkeys(ran, "ok") | dict.fromkeys(["memory", "training"], "skipped")
     assert result["machine"]["versions"]["torch"] and result["quick"]
     measured = result["sections"]["bandwidth"]["data"]["measurements"]
     assert {m["direction"] for m in measured} == {"forward", "backward"}
     one = next(m for m in measured if (m["activation"], m["direction"], m["columns"]) == ("xielu", "backward", 768))
     assert one["ideal_bytes"] == 64 * 768 * 6 and len(one["seconds"]) == 30
+    mlps = result["sections"]["mlp"]["data"]
+    assert set(mlps["mlp"][0]["seconds"]) == {"GEMMs alone", "unfused"} and set(mlps["absent"]) == {"triton", "quack"}
 
 
 def test_a_missed_target_and_a_broken_section_are_failures(monkeypatch, capsys):

@@ -1,37 +1,11 @@
-"""The layer spec with TransformerEngine's own modules, as far as that goes without a GPU: which modules, which keys."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""The layer spec with TransformerEngine's own modules and operations, as far as that goes without a GPU."""
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TE = ("transformer-engine==2.20.2", "onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "einops", "ml-dtypes")
 
-
-@pytest.fixture(scope="session")
-def te_folder() -> Path:
-    """TE's pure-Python wheel, without its CUDA libraries, beside the environment and not in it."""
-    folder = Path(sys.prefix) / "te-python"
-    if not (folder / "complete").exists():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--upgrade", "--target", folder, *TE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"TransformerEngine's Python wheel cannot be had here: {done.stderr.strip().splitlines()[-1]}")
-        (folder / "complete").touch()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def built(te_folder) -> dict:
-    program = [sys.executable, "-O", HERE / "te_without_gpu.py", te_folder]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"stdout": done.stdout}
+@pytest.fixture(scope="module")
+def built(programs) -> dict:
+    return programs["spec"].result()
 
 
 def test_the_spec_puts_our_activation_between_te_linears(built):
@@ -39,13 +13,34 @@ def test_the_spec_puts_our_activation_between_te_linears(built):
     assert te["classes"] == {
         "linear_fc1": "TELayerNormColumnParallelLinear",
         "linear_fc2": "TERowParallelLinear",
-        "activation_func": "TrainableActivation",
+        "activation_func": "QuantizingActivation",
     }
     assert te["final_norm"] == "RMSNorm"
     assert te["alpha_dtypes"] == ["torch.float32"]
     assert "TransformerEngine layer" in built["stdout"]
 
 
+def test_megatrons_flag_for_te_operations_makes_the_activation_one(built):
+    assert built["operations"]["classes"] == built["te"]["classes"] | {"activation_func": "ActivationOperation"}
+    assert built["operations"]["alpha_dtypes"] == ["torch.float32"]
+
+
 def test_checkpoints_of_te_and_local_layers_have_the_same_tensors(built):
     assert built["te"]["checkpoint"] == built["local"]["checkpoint"]
+    assert built["operations"]["checkpoint"] == built["local"]["checkpoint"]
     assert built["te"]["checkpoint"]["decoder.layers.mlp.activation_func.alpha_p"] == [2, 1]  # as in existing ones
+
+
+@pytest.mark.parametrize("way", ["apart", "joint"])
+def test_megatrons_mlp_of_te_operations_computes_the_formula(built, way):
+    run = built["run"][way]
+    middle = ["LinearActivationLinear"] if way == "joint" else ["BasicLinear", "ActivationOperation", "BasicLinear"]
+    assert run["ops"] == ["RMSNorm", *middle]
+    assert set(run["errors"]) == {"y", "x", "norm", "w1", "w2", "alpha_p", "alpha_n"}
+    assert max(run["errors"].values()) < 0.02, run["errors"]  # bf16 rounds by 2^-8, a few times over
+    assert run["bias"] is None
+
+
+def test_hooks_on_the_activation_of_te_operations_see_its_output(built):
+    for way in ("apart", "joint"):
+        assert built["run"][way]["hooked"] == [[8, 2, 128]]  # once, and not by Megatron with nothing to look at

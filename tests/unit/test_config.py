@@ -1,6 +1,7 @@
 """The TOML config: what reaches Megatron's own parser, what is refused and how, and that it round-trips."""
 
 import argparse
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -476,3 +477,40 @@ def test_data_and_mock_data_replace_each_other(tmp_path):
     assert "--train-data-path" in load(path).arguments()
     again = load(path).with_overrides(["--mock-data"]).with_overrides(["--data-path", "b"]).arguments()
     assert "--mock-data" not in again and again[again.index("--data-path") + 1] == "b"
+
+
+@pytest.mark.parametrize(
+    "words, sets, message",
+    [
+        (["--pipeline-model-parallel-size", "2"], [], "needs pipeline-model-parallel-size = 1, not 2"),
+        (
+            ["--sequence-parallel", "--tensor-model-parallel-size", "2"], [],
+            "does not go with sequence-parallel = True at tensor sizes > 1",
+        ),
+        (["--fp16"], [], "does not go with fp16 = True"),
+        (["--optimizer", "sgd"], [], "needs optimizer = 'adam', not 'sgd'"),
+        ([], ["deepspeed.offload-parameters=true"], "offload-parameters in [deepspeed] needs zero-stage = 3, not 1"),
+    ],
+)
+def test_what_does_not_go_with_deepspeed(tiny, words, sets, message):
+    config = tiny.with_overrides(words, ["xact.engine=deepspeed", *sets])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(config, 2)
+
+
+def test_the_stage_of_zero_is_1_2_or_3(tiny):
+    with pytest.raises(ValueError, match="zero-stage = 4 .*expected 1 or 2 or 3"):
+        tiny.with_overrides(sets=["deepspeed.zero-stage=4"])
+
+
+def test_zero_takes_the_place_of_the_distributed_optimizer(tiny):
+    given = tiny.with_overrides(["--use-distributed-optimizer", "--overlap-grad-reduce"])
+    assert {"--use-distributed-optimizer", "--overlap-grad-reduce"} < set(given.arguments())
+    instead = given.with_overrides(sets=["xact.engine=deepspeed"])
+    assert instead.arguments() == tiny.arguments()
+
+
+def test_the_deepspeed_table_is_kept_where_it_means_something(tiny, tmp_path):
+    assert "[deepspeed]" not in tiny.dump()
+    zero3 = tiny.with_overrides(sets=["xact.engine=deepspeed", "deepspeed.zero-stage=3"])
+    assert write(tmp_path / "again.toml", zero3.dump()) == zero3

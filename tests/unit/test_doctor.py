@@ -55,6 +55,12 @@ def test_report_agrees_with_this_machine():
     assert result["activations"] == list(activations.names())
 
 
+def test_quack_is_told_by_the_version_of_its_distribution(tmp_path):
+    files = {"quack/__init__.py": "", "quack_kernels-9.9.dist-info/METADATA": "Name: quack-kernels\nVersion: 9.9\n"}
+    _, checks, _ = report(package(tmp_path, files))
+    assert (checks["quack"]["status"], checks["quack"]["detail"]) == ("ok", "9.9")
+
+
 def test_optimizer_is_the_one_megatron_takes():
     from megatron.core.optimizer import Adam
 

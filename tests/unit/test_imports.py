@@ -27,10 +27,13 @@ DOORS = {"studies": "megatron_xact.pretraining.planning.counts"}
 # Third-party name -> where it may be named: rooms, or modules of a room.
 FENCES = {
     "triton": {"kernels"},
+    "quack": {"kernels/quack_epilogues.py", "kernels/quack_functions.py", "kernels/quack_gemm.py"},
+    "cutlass": {"kernels/quack_epilogues.py", "kernels/quack_functions.py", "kernels/quack_gemm.py"},
     "megatron": {"layers", "pretraining", "checkpoints"},
     "transformers": {"checkpoints"},
     "tokenizers": {"pretraining/data"},
-    "transformer_engine": {"layers/transformer_engine.py"},
+    "deepspeed": {"pretraining/zero"},
+    "transformer_engine": {"layers/te_ops.py"},
 }
 # Rooms that may use only these besides the standard library and rooms above.
 ONLY = {
@@ -117,6 +120,8 @@ def test_import_direction_and_fences():
         ("studies/a.py", "import torch", "studies may only use"),
         ("layers/a.py", "from megatron_xact import cli", "layers may not import megatron_xact.cli"),
         ("layers/a.py", "import triton", "triton may not be named here"),
+        ("kernels/linear.py", "from quack.gemm_config import GemmConfig", "quack may not be named here"),
+        ("kernels/triton_gemm.py", "import cutlass", "cutlass may not be named here"),
         ("activations/a.py", "from megatron.core import mpu", "megatron may not be named here"),
         ("cli.py", "import megatron.training", "megatron may not be named here"),
         ("pretraining/a.py", "import transformers", "transformers may not be named here"),
@@ -141,6 +146,7 @@ def test_a_planted_violation_is_named(tmp_path, place, line, said):
         ("pretraining/data/a.py", "import tokenizers, numpy"),
         ("checkpoints/a.py", "import transformers, megatron.core"),
         ("kernels/a.py", "import triton, torch, math\nfrom megatron_xact.activations import get"),
+        ("kernels/quack_gemm.py", "def f():\n    import quack.epilogue.frontend, cutlass"),
         ("studies/a.py", "from megatron_xact.pretraining.planning.counts import flops_per_token"),
         ("cli.py", "from megatron_xact import __version__\nimport megatron_xact.pretraining.config"),
     ],
@@ -155,13 +161,14 @@ def test_what_is_allowed_passes(tmp_path, place, line):
 # Importing us changes nothing in Megatron
 
 CHANGES = """
-import importlib, pkgutil, sys, types, warnings
+import importlib, importlib.util, pkgutil, sys, types, warnings
 warnings.simplefilter("ignore")
 
 def ours():
     import megatron_xact
     walk = pkgutil.walk_packages(megatron_xact.__path__, "megatron_xact.")
-    return [m.name for m in walk if not m.name.endswith("__main__")]
+    absent = ("__main__",) if importlib.util.find_spec("transformer_engine") else ("__main__", "te_ops", "te_mlp")
+    return [m.name for m in walk if not m.name.endswith(absent)]
 
 def snapshot():
     # id() of every attribute of every loaded megatron module, and of every class defined in one. The objects

@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     from megatron_xact.pretraining.planning import job, report, search
 
     config = config_file.load(args.config).with_overrides(args.overrides, args.set)
+    if config.xact.engine != "megatron":
+        raise ValueError(f"engine = {config.xact.engine!r} in [xact] is not planned here: the numbers would be wrong")
     gpus = args.world_size or args.nodes * args.gpus_per_node
     node = min(gpus, args.gpus_per_node)
     if args.dry_run:

@@ -112,7 +112,8 @@ def describe(config: RunConfig) -> Namespace:
     checks._required(args)
     checks._schedule(args)
     checks._model(args, num_query_groups_given="num-query-groups" in config.megatron)
-    checks._optimizer(args, config.activation)
+    if config.xact.engine == "megatron":
+        checks._optimizer(args, config.activation)
     for name, words in NOT_PLANNED.items():
         if getattr(args, name) not in (None, False, 0):
             raise ValueError(f"{words} ({name.replace('_', '-')}) is not planned here: the numbers would be wrong")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["kernels"], help="what to measure")
     parser.add_argument(
         "--activations", nargs="+", default=["xielu", "relu2"], metavar="NAME", help="default: %(default)s"
     )
@@ -22,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, metavar="DTYPE",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, help="timings of each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of kernels.json and kernels.png")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, device, where: dict) -> None:
+    """`where`: what the numbers depend on, see command.machine."""
     import torch
 
     from megatron_xact import activations
@@ -35,10 +31,8 @@ def main(args: argparse.Namespace) -> None:
         activations.get(name)  # a wrong name ends here, in words
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} must be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = args.rows or (16384 if device.type == "cuda" else 4096)
     columns = args.columns or (12288 if device.type == "cuda" else 6144)
-    where = machine(device)
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}: {rows} x {columns}", flush=True)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     found = benchmark.compare(args.activations, dtypes, rows, columns, device, args.repeats)
@@ -56,25 +50,6 @@ def main(args: argparse.Namespace) -> None:
     (args.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(found, ceiling, where["device"], args.out / "kernels.png")
     print(f"wrote {args.out / 'kernels.json'} and kernels.png")
-
-
-def machine(device) -> dict:
-    """What the numbers depend on."""
-    import torch
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def table(found: list, ceiling: float) -> str:

@@ -1,0 +1,184 @@
+"""Which way an MLP runs: unfused, or with the activation inside its matrix products. Measured once, and remembered.
+
+No rule tells it: fusion wins by a few per cent where the hidden size is small, and loses where the fused kernel reaches
+too little of the library's speed. So the ways that are there are timed at the shape in question, on the GPU in
+question, and the fastest is taken; where it does not win, fusion is not used. The timings lie on disk, one file per
+key, in $XACT_CACHE, else $XDG_CACHE_HOME/megatron-xact, else ~/.cache/megatron-xact: a run that is started again takes
+the same way. A file that cannot be read, or is of other versions, another GPU or other candidates, is measured anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_xact import __version__
+from megatron_xact.activations import Activation
+from megatron_xact.kernels import backends, linear
+from megatron_xact.kernels.keys import key_of
+from megatron_xact.kernels.mlp_timing import Shape, measure
+
+CHOICES = ("auto", linear.UNFUSED, *linear.BACKENDS)
+Measure = Callable[[Activation, Shape, torch.device, Sequence[str]], tuple[dict[str, float], dict[str, str]]]
+_selected = linear.UNFUSED
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`backend` is "unfused" or one of `linear.BACKENDS`; `reason`: a phrase that says why, with the numbers."""
+
+    backend: str
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)  # forward + backward of every candidate that was timed
+
+
+_made: dict[str, Choice] = {}  # by key; in this process
+
+
+def select_mlp(name: str) -> None:
+    """For the whole process: "auto" (the fastest, measured), "unfused", or one of `linear.BACKENDS` (that or an error).
+
+    ValueError for another name. Whether a named backend can run is for who knows the model to ask, before training.
+    """
+    global _selected
+    if name not in CHOICES:
+        raise ValueError(f"mlp = {name!r} is not one of {', '.join(CHOICES)}")
+    _selected = name
+
+
+def selected() -> str:
+    return _selected
+
+
+def unavailable_reasons(activation: Activation, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Why a fused backend cannot run here, by name; those that can are left out."""
+    found = {}
+    for backend in linear.BACKENDS:
+        if device.type != "cuda":
+            found[backend] = "it needs a GPU"
+        elif backends.selected() == "reference":
+            found[backend] = "kernels = 'reference' asks for torch's own operations"
+        elif reason := linear.unavailable_reason(backend, activation, dtype, device):
+            found[backend] = reason
+    return found
+
+
+def choose(
+    activation: Activation,
+    shape: Shape,
+    device: torch.device,
+    candidates: Sequence[str],
+    *,
+    refresh: bool = False,
+    measure: Measure = measure,
+) -> Choice:
+    """The fastest of "unfused" and `candidates` (fused backends that can run here) at this shape.
+
+    Never raises: what goes wrong while measuring (no memory, a compiler's error) leaves "unfused", says why, and is not
+    remembered on disk. refresh: measures even if it is known. With no candidates, as on a CPU, nothing is measured.
+    """
+    if not candidates:
+        return Choice(linear.UNFUSED, "no fused backend can run here")
+    key = _key(activation, shape, device)
+    name = json.dumps([key, sorted(candidates)])
+    if refresh or name not in _made:
+        _made[name] = _remembered_or_measured(key, activation, shape, device, candidates, refresh, measure)
+    return _made[name]
+
+
+def _remembered_or_measured(key, activation, shape, device, candidates, refresh, measure) -> Choice:
+    wanted = {linear.UNFUSED, *candidates}
+    file = path_of(key)
+    seconds = None if refresh or file is None else _read(file, key, wanted)
+    if seconds is not None:
+        return _fastest(seconds, f"measured before, {file}")
+    try:
+        seconds, failed = measure(activation, shape, device, candidates)
+    except Exception as error:  # out of memory, mostly; nothing here may end a training run
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        return Choice(linear.UNFUSED, f"it could not be measured: {told}")
+    notes = [f"{backend}: {why}" for backend, why in failed.items()]
+    if not failed:  # what failed today may work with the next driver
+        notes.append(_write(file, key, seconds))
+    return _fastest(seconds, "; ".join(notes))
+
+
+def _fastest(seconds: dict[str, float], note: str) -> Choice:
+    order = sorted(seconds, key=lambda name: seconds[name])
+    told = ", ".join(f"{name} {seconds[name] * 1e3:.3f} ms" for name in order)
+    return Choice(order[0], f"forward + backward {told} ({note})", seconds)
+
+
+def _key(activation: Activation, shape: Shape, device: torch.device) -> dict[str, object]:
+    """What the timings depend on."""
+    return {
+        "activation": key_of(activation),
+        "gated": activation.gated,
+        "tokens": shape.tokens,
+        "hidden": shape.hidden,
+        "ffn": shape.ffn,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "bias": shape.bias,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "quack": _version("quack-kernels"),
+        "megatron-xact": __version__,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def path_of(key: dict[str, object]) -> Path | None:
+    """The file of the timings of a key; None where there is no home to put it in."""
+    try:
+        if own := os.environ.get("XACT_CACHE"):
+            root = Path(own)
+        elif caches := os.environ.get("XDG_CACHE_HOME"):
+            root = Path(caches) / "megatron-xact"
+        else:
+            root = Path.home() / ".cache" / "megatron-xact"
+    except RuntimeError:  # no HOME and no such user, as in some containers
+        return None
+    return root / "mlp" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+
+
+def _read(file: Path, key: dict[str, object], wanted: set[str]) -> dict[str, float] | None:
+    """The timings in a file if they are whole, of this key, and of exactly the wanted candidates."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        seconds = {str(name): float(value) for name, value in stored["seconds"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    whole = all(math.isfinite(value) and value > 0 for value in seconds.values())
+    return seconds if whole and stored.get("key") == key and seconds.keys() == wanted else None
+
+
+def _write(file: Path | None, key: dict[str, object], seconds: dict[str, float]) -> str:
+    """Whole or not at all, whoever else writes it at the same time; what to say about it."""
+    if file is None:
+        return "measured now, and not remembered: there is no home folder; set XACT_CACHE"
+    partial = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"key": key, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return f"measured now, and not remembered: {error}"
+    return f"measured now, remembered in {file}"

@@ -1,0 +1,214 @@
+"""The fused backend "triton" of `linear`: which kernel, which tile, and the launch.
+
+On Hopper the kernels of `triton_gemm_hopper`, where TMA can address the matrices (rows of a multiple of 16 bytes);
+else those of `triton_gemm_pointer`. Triton's interpreter, which runs on CPU tensors, takes either.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels import triton_gemm_hopper as hopper
+from megatron_xact.kernels import triton_gemm_pointer as pointer
+from megatron_xact.kernels.backends import triton_unavailable_reason
+from megatron_xact.kernels.device_functions import device_function
+from megatron_xact.kernels.linear import Backward
+from megatron_xact.kernels.triton_launch import constants, contiguous, device_of, slots
+
+FORWARD, BACKWARD = "forward", "backward"
+REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's share of y, [m, n], over k at a time; the activation is computed on n / parts columns at a time."""
+
+    m: int
+    n: int
+    k: int
+    parts: int
+    warps: int
+    stages: int
+    tma: bool = True
+    per_multiprocessor: int = 1  # programs that fit side by side: one computes activations while another multiplies
+
+    def __str__(self) -> str:
+        way = f"TMA x{self.per_multiprocessor}" if self.tma else "pointers"
+        return f"{self.m}x{self.n}x{self.k}/{self.parts} {self.warps} warps {self.stages} stages {way}"
+
+
+# (direction, gated) -> candidates, the first of them the one to use until a measurement on a GPU says otherwise. All
+# compile without spills (with a bias: `with_sums_of_bias`), and within the shared memory.
+HOPPER = {
+    (FORWARD, False): (
+        Tile(128, 256, 64, 2, 8, 3),
+        Tile(128, 256, 64, 4, 8, 3),
+        Tile(256, 128, 64, 2, 8, 3),
+        Tile(128, 128, 64, 2, 4, 3, per_multiprocessor=2),
+        Tile(128, 128, 64, 4, 8, 3, per_multiprocessor=2),
+    ),
+    (FORWARD, True): (
+        Tile(128, 128, 64, 2, 8, 3),
+        Tile(128, 64, 64, 2, 4, 3, per_multiprocessor=2),
+    ),
+    # Every part of pre is waited for on its own: side by side, one program multiplies while the other waits.
+    (BACKWARD, False): (
+        Tile(128, 128, 64, 8, 8, 3, per_multiprocessor=2),
+        Tile(128, 128, 64, 2, 8, 4),
+        Tile(128, 256, 64, 8, 8, 3),
+    ),
+    (BACKWARD, True): (
+        Tile(128, 128, 64, 8, 8, 3, per_multiprocessor=2),
+        Tile(128, 128, 64, 4, 8, 4),
+        Tile(128, 256, 64, 8, 8, 3),
+    ),
+}
+AMPERE = {
+    (FORWARD, False): (Tile(128, 128, 32, 2, 8, 4, tma=False), Tile(128, 256, 32, 4, 8, 3, tma=False)),
+    (FORWARD, True): (Tile(128, 64, 32, 2, 8, 4, tma=False),),
+    (BACKWARD, False): (Tile(128, 128, 32, 4, 8, 4, tma=False),),
+    (BACKWARD, True): (Tile(128, 128, 32, 4, 8, 4, tma=False),),
+}
+
+
+def unavailable_reason(activation: Activation, dtype: torch.dtype, device: torch.device) -> str | None:
+    """As `linear.unavailable_reason`."""
+    if device_function(activation) is None:
+        return f"{activation.name} has no Triton device function"
+    if activation.eps:
+        return f"{activation.name} with eps keeps the bits of eager code, which no fused pass does"
+    if triton.knobs.runtime.interpret:
+        return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"tensor cores would round {dtype} operands; only bf16 and fp16 are multiplied here"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on an NVIDIA GPU"
+    if reason := triton_unavailable_reason():
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major < 10 else f"no kernel was compiled for compute capability {major}.{minor}, newer than Hopper"
+
+
+def candidates(direction: str, activation: Activation, *tensors: Tensor, bias: bool = False) -> tuple[Tile, ...]:
+    """Tiles for operands and results like these, the default first."""
+    table = HOPPER if _is_hopper(tensors[0].device) and all(map(_tma_can_address, tensors)) else AMPERE
+    tiles = table[direction, activation.gated]
+    return with_sums_of_bias(tiles) if bias and direction == BACKWARD else tiles
+
+
+def with_sums_of_bias(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Those whose programs have registers left for the sums of a bias' gradient."""
+    return tuple(tile for tile in tiles if tile.n < 256 and tile.per_multiprocessor == 1)
+
+
+def forward(
+    activation: Activation, x_MH: Tensor, w1_WH: Tensor, p: Values, bias_W: Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `linear.forward`; tile: None, or one of `candidates`."""
+    x, w = x_MH.contiguous(), w1_WH.contiguous()
+    rows, columns = x.shape[0], w.shape[0] // (1 + activation.gated)
+    pre, y = x.new_empty(rows, w.shape[0]), x.new_empty(rows, columns)
+    tile = tile or candidates(FORWARD, activation, x, w, y)[0]
+    if not y.numel():
+        return pre, y
+    sizes = rows, columns, x.shape[1]
+    learned, grid, options = slots(activation, p), _grid(tile, rows, columns, x.device), _options(activation, p, tile)
+    with device_of(x):
+        if tile.tma:
+            w_gate, w_up = _halves(activation, w, 0, (tile.n, tile.k))
+            pre_gate, pre_up = _halves(activation, pre, 1, (tile.m, tile.n // tile.parts))
+            hopper.forward_kernel[grid](
+                _described(x, (tile.m, tile.k)), w_gate, w_up, pre_gate, pre_up,
+                _described(y, (tile.m, tile.n // tile.parts)), contiguous(bias_W), *learned, *sizes, **options,
+            )  # fmt: skip
+        else:
+            pointer.forward_kernel[grid](x, w, pre, y, contiguous(bias_W), *learned, *sizes, **options)
+    return pre, y
+
+
+def backward(
+    activation: Activation, dout_MH: Tensor, w2_HF: Tensor, pre_MW: Tensor, p: Values, bias_W: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Backward:  # fmt: skip
+    """As `linear.backward`; tile: None, or one of `candidates`."""
+    dout, w, pre = dout_MH.contiguous(), w2_HF.contiguous(), pre_MW.contiguous()
+    rows, columns = dout.shape[0], w.shape[1]
+    dpre, y = torch.empty_like(pre), pre.new_empty(rows, columns)
+    tile = tile or candidates(BACKWARD, activation, dout, w, pre, y, bias=bias_W is not None)[0]
+    symbols = [q.symbol for q in activation.parameters if isinstance(p[q.symbol], Tensor)]
+    row_blocks = triton.cdiv(rows, tile.m)
+    dp = dout.new_empty(len(symbols), row_blocks * triton.cdiv(columns, tile.n), dtype=torch.float32)
+    dbias = dout.new_empty(row_blocks, pre.shape[1], dtype=torch.float32) if bias_W is not None else None
+    if y.numel():
+        sizes = rows, columns, dout.shape[1]
+        sums = contiguous(bias_W), dbias, dp, *slots(activation, p)
+        grid, options = _grid(tile, rows, columns, dout.device), _options(activation, p, tile)
+        with device_of(dout):
+            if tile.tma:
+                part = tile.m, tile.n // tile.parts
+                hopper.backward_kernel[grid](
+                    _described(dout, (tile.m, tile.k)), _described(w, (tile.k, tile.n)),
+                    *_halves(activation, pre, 1, part), *_halves(activation, dpre, 1, part), _described(y, part),
+                    *sums, *sizes, **options,
+                )  # fmt: skip
+            else:
+                pointer.backward_kernel[grid](dout, w, pre, dpre, y, *sums, *sizes, **options)
+    # torch.sum has a fixed order for a given shape, and a tile's sums do not depend on which program made it
+    parameters = dict(zip(symbols, dp.sum(1), strict=True))
+    return Backward(dpre, y, parameters, None if dbias is None else dbias.sum(0))
+
+
+def _options(activation: Activation, p: Values, tile: Tile) -> dict:
+    """Compile-time arguments and options."""
+    # left alone, some activations' kernels take a few registers more than leave room for a second program
+    share = REGISTERS // (32 * tile.warps * tile.per_multiprocessor)
+    return constants(activation, p) | {
+        **({"maxnreg": share} if share < 255 else {}),
+        "TILE_M": tile.m,
+        "TILE_N": tile.n,
+        "TILE_K": tile.k,
+        "PARTS": tile.parts,
+        "INTERPRETED": triton.knobs.runtime.interpret,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _grid(tile: Tile, rows: int, columns: int, device: torch.device) -> tuple[int]:
+    """A program per tile; with TMA no more than stay on the GPU at once, each of which makes several."""
+    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
+    return (min(tiles, _multiprocessors(device) * tile.per_multiprocessor) if tile.tma else tiles,)
+
+
+def _described(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
+def _halves(activation: Activation, matrix: Tensor, dim: int, block: tuple[int, int]):
+    """Descriptors of the gate and the up half, which end where the other begins; ungated: of all of it, and None."""
+    if not activation.gated:
+        return _described(matrix, block), None
+    return tuple(_described(half, block) for half in matrix.chunk(2, dim))
+
+
+def _tma_can_address(matrix: Tensor) -> bool:
+    return matrix.data_ptr() % 16 == 0 and matrix.shape[-1] * matrix.itemsize % 16 == 0 and matrix.numel() > 0
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

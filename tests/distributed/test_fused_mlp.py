@@ -1,0 +1,338 @@
+"""The MLP as one autograd function on gloo ranks: its tensor-parallel wiring, with kernels that run without a GPU.
+
+As `test_mlp.py`, whose unsharded fp64 twin is the truth here too; and against Megatron's own linears, whose handling of
+gradients (main_grad, DDP, recomputation) it must repeat. Which kernels compute is another matter: tests/kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import test_mlp as twins
+import torch
+from ranks import run_ranks
+from test_mlp import Case
+
+pytestmark = pytest.mark.distributed
+
+WORLD = 4
+CASES = [
+    Case(activation, tp, sequence_parallel, bias)
+    for activation in ("xielu", "xielu with beta", "xielu fixed", "xsilu_glu2", "relu2", "swiglu")
+    for tp, sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (4, True))
+    for bias in (False, True)
+]
+TRITON = [Case("xielu", 2, True, True), Case("xsilu_glu2", 2, False, True), Case("relu2", 4, True, False)]
+TRITON += [Case("swiglu", 1, False, False)]
+PLANTED = [Case("xielu", 2, False, True), Case("xsilu_glu2", 4, True, False)]
+KINDS = ("plain", "accumulated", "mlp recomputed", "layers recomputed", "params gathered")
+# With a bias, Megatron 0.19's own recomputation of an MLP never ends: it returns fc2's bias from a checkpoint.
+TRAINED = [(kind, "xielu") for kind in KINDS] + [(kind, "xsilu_glu2") for kind in ("accumulated", "layers recomputed")]
+
+
+# --- on the ranks -----------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def fused(backend: str = "unfused"):
+    """Every ActivationMLP goes the fused function's way, by default with torch's kernels behind it."""
+    from megatron_xact.layers import fused_mlp
+
+    chosen, calls = fused_mlp.backend_for, []
+
+    def always(mlp, hidden_states):
+        calls.append(None if fused_mlp.unfit(mlp) else backend)
+        return calls[-1]
+
+    fused_mlp.backend_for = always
+    try:
+        yield calls
+    finally:
+        fused_mlp.backend_for = chosen
+    assert set(calls) == {backend}
+
+
+def against_the_twin() -> tuple[dict[Case, tuple], ...]:
+    """By torch's kernels, by those with the tensor-parallel sum removed, and by Triton's in its interpreter."""
+    from tiny_gpt import model_parallel
+
+    from megatron_xact.layers import activation
+
+    table, planted, triton = {}, {}, {}
+    for tp in (1, 2, 4):
+        with model_parallel(tp) as groups, fused("triton"):
+            triton |= {case: twins.compared(case, groups) for case in TRITON if case.tp == tp}
+        with model_parallel(tp) as groups, fused():
+            table |= {case: twins.compared(case, groups) for case in CASES if case.tp == tp}
+            summed = activation.sum_gradients_over_tensor_parallel
+            activation.sum_gradients_over_tensor_parallel = lambda p, group: p
+            planted |= {case: twins.compared(case, groups) for case in PLANTED if case.tp == tp}
+            activation.sum_gradients_over_tensor_parallel = summed
+    return table, planted, triton
+
+
+@contextlib.contextmanager
+def accumulating():
+    """apex's kernel, in torch: what Megatron's linears call with gradient accumulation fusion."""
+    from megatron.core.tensor_parallel import layers
+
+    def add(x, dy, main_grad):
+        main_grad.add_(dy.t() @ x)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        del layers.fused_weight_gradient_mlp_cuda
+        layers._grad_accum_fusion_available = False
+
+
+def gradients(kind: str, name: str, groups) -> tuple[dict, dict]:
+    """Of every parameter after two microbatches, and who added those of MLP weights: `grad_added_to_main_grad`."""
+    import tiny_gpt
+
+    changes = {"add_bias_linear": name == "xsilu_glu2"} | {
+        "accumulated": {"gradient_accumulation_fusion": True},
+        "mlp recomputed": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        "layers recomputed": {
+            "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+        },
+    }.get(kind, {})  # fmt: skip
+    overlap = kind == "params gathered"
+    model = tiny_gpt.build(
+        twins.activations.get(name), groups, sequence_parallel=True, distributed_optimizer=overlap,
+        ddp_settings={"overlap_param_gather": True, "overlap_grad_reduce": True, "bucket_size": 1} if overlap else {},
+        **changes,
+    )  # fmt: skip
+    model.zero_grad_buffer()
+    if overlap:  # as after an optimizer step: other ranks' shards of each parameter are still to come, in pre-hooks
+        buckets = [bucket for group in model.bucket_groups for bucket in group.buckets]
+        assert len(buckets) > 10  # one for nearly every parameter
+        for bucket in buckets:
+            for rank, shard in enumerate(bucket.param_data.chunk(groups.dp.size())):
+                if rank != groups.dp.rank():
+                    shard.fill_(torch.nan)
+    losses = []
+    for step, when in enumerate((model.no_sync(), contextlib.nullcontext())):
+        with when:  # gradients go to other ranks after the last microbatch only
+            losses.append(model(**tiny_gpt.batch(step)).float().mean())
+            losses[-1].backward()
+    if overlap:
+        model.finish_grad_sync()
+    found = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+    added = {
+        name: parameter.grad_added_to_main_grad
+        for name, parameter in model.named_parameters()
+        if name.endswith(("linear_fc1.weight", "linear_fc2.weight"))
+    }
+    return found | {"loss": torch.stack(losses).detach()}, added
+
+
+def both_ways() -> dict:
+    """(kind, activation) -> gradients by Megatron's linears, and by the fused function, of the same model at TP 2."""
+    import tiny_gpt
+
+    results = {}
+    with tiny_gpt.model_parallel(2) as groups, accumulating():
+        for kind, name in TRAINED:
+            theirs = gradients(kind, name, groups)
+            with fused():
+                results[kind, name] = theirs, gradients(kind, name, groups)
+    return results
+
+
+def saved_bytes(backend: str | None, name: str, groups) -> dict[str, list[int]]:
+    """dtype -> bytes of each tensor that one MLP saves for backward beside its parameters, bf16, sequence parallel."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from tiny_gpt import transformer_config
+
+    from megatron_xact.layers import fused_mlp
+    from megatron_xact.layers.mlp import ActivationMLP
+
+    record = twins.activations.get(name)
+    config = transformer_config(
+        hidden_size=16, ffn_hidden_size=64, num_attention_heads=4, gated_linear_unit=record.gated,
+        sequence_parallel=True, params_dtype=torch.bfloat16, bf16=True,
+    )  # fmt: skip
+    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm").mlp.keywords["submodules"]
+    mlp = ActivationMLP(config, submodules, ffn_hidden_size=64, tp_group=groups.tp, activation=record)
+    x = torch.randn(8, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in mlp.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            sizes.setdefault(str(tensor.dtype), []).append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out, _ = mlp(x) if backend is None else fused_mlp.run(mlp, x, backend)
+    out.sum().backward()
+    return sizes
+
+
+def on_ranks() -> dict:
+    import tiny_gpt
+
+    results = {"twin": against_the_twin(), "both": both_ways(), "agreed": agreed(), "hooks": hooks()}
+    with tiny_gpt.model_parallel(2) as groups:
+        results["saved"] = {
+            (name, backend): saved_bytes(backend, name, groups)
+            for name in ("xielu", "swiglu")
+            for backend in (None, "unfused")
+        }
+    return results
+
+
+def agreed() -> dict:
+    """What ranks that lack different backends, and would measure different times, settle on."""
+    from tiny_gpt import model_parallel
+
+    from megatron_xact.kernels.mlp_choice import Choice
+    from megatron_xact.layers.fused_mlp import agree
+
+    results = {}
+    with model_parallel(2) as groups:
+        rank, asked = groups.tp.rank(), []
+
+        def choose(among):
+            asked.append(among)
+            return Choice(("quack", "triton")[rank], "measured", {})
+
+        device = torch.device("cpu")
+        for name, here in {
+            "all": (["triton", "quack"], ["triton", "quack"]),
+            "one has less": (["triton", "quack"], ["quack"]),
+            "nothing in common": (["triton"], ["quack"]),
+        }.items():
+            asked.clear()
+            found = agree(groups.tp, device, here[rank], choose)
+            results[name] = (rank, found and found[0], list(asked))
+    return results
+
+
+def hooks() -> dict:
+    """What hooks on the layer's parts see, and which of them rule fusion out."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from tiny_gpt import model_parallel, transformer_config
+
+    from megatron_xact.layers import fused_mlp
+    from megatron_xact.layers.mlp import ActivationMLP
+
+    found = {}
+    with model_parallel(2) as groups:
+        config = transformer_config(hidden_size=16, ffn_hidden_size=64, num_attention_heads=4, add_bias_linear=True)
+        submodules = get_gpt_layer_local_submodules(normalization="RMSNorm").mlp.keywords["submodules"]
+        mlp = ActivationMLP(
+            config, submodules, ffn_hidden_size=64, tp_group=groups.tp, activation=twins.activations.get("xielu")
+        )
+        x = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(groups.dp.rank()))
+        mlp.linear_fc1.bias.data.normal_(generator=torch.Generator().manual_seed(1))
+        seen = []
+        handle = mlp.activation_func.register_forward_hook(
+            lambda module, args, kwargs, y: seen.append([*args, y]), with_kwargs=True
+        )
+        mlp(x)
+        assert fused_mlp.unfit(mlp) is None
+        fused_mlp.run(mlp, x, "unfused")
+        handle.remove()
+        rows = [[t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t for t in tensors] for tensors in seen]
+        found["seen alike"] = all(torch.equal(a, b) for a, b in zip(*rows, strict=True)) and len(rows[0]) == 3
+        for part in ("linear_fc1", "linear_fc2", "activation_func"):
+            handle = getattr(mlp, part).register_forward_pre_hook(lambda module, args: None)
+            found[f"pre {part}"] = fused_mlp.unfit(mlp)
+            handle.remove()
+        handle = mlp.linear_fc2.register_forward_hook(lambda module, args, y: None)
+        found["post linear_fc2"] = fused_mlp.unfit(mlp)
+        handle.remove()
+        mlp.linear_fc1.weight.requires_grad_(False)
+        found["frozen"] = fused_mlp.unfit(mlp)
+        mlp.linear_fc1.weight.requires_grad_(True)
+        found["in the end"] = fused_mlp.unfit(mlp)
+        mlp(x)
+        found["on a CPU"] = mlp.way
+    return found
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def results():
+    """By rank: what `on_ranks` returns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return run_ranks(on_ranks, WORLD)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_unsharded_twin(results, case):
+    for found in results:
+        errors, replicated = found["twin"][0][case]
+        assert not twins.too_large(errors, twins.learned_gradients(case))
+        assert replicated  # alpha's gradients have the same bits on every rank
+
+
+@pytest.mark.parametrize("case", TRITON, ids=str)
+def test_fused_kernels_equal_the_unsharded_twin(results, case):
+    """fp32 in Triton's interpreter, which does not round operands to TF32."""
+    for found in results:
+        errors, replicated = found["twin"][2][case]
+        assert not twins.too_large(errors, twins.learned_gradients(case))
+        assert replicated
+
+
+@pytest.mark.parametrize("case", PLANTED, ids=str)
+def test_a_missing_sum_is_noticed(results, case):
+    for found in results:
+        errors, replicated = found["twin"][1][case]
+        assert set(twins.too_large(errors, twins.learned_gradients(case))) == twins.learned_gradients(case)
+        assert not replicated
+
+
+@pytest.mark.parametrize("kind, name", TRAINED)
+def test_trains_as_megatrons_linears(results, kind, name):
+    """The same bits in every main_grad of the model after two microbatches, and the same bookkeeping."""
+    for found in results:
+        (theirs, they_added), (ours, we_added) = found["both"][kind, name]
+        assert ours.keys() == theirs.keys() and len(ours) > 10
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+        assert we_added == they_added and len(we_added) == 4
+        assert set(we_added.values()) == {kind == "accumulated"}
+        assert all(gradient.abs().sum() > 0 for gradient in ours.values())
+
+
+@pytest.mark.parametrize("name", ["xielu", "swiglu"])
+def test_only_input_and_preactivation_are_saved(results, name):
+    """8 x 2 tokens of this rank, twice that gathered; F per rank is 32; 2 bytes each."""
+    x, y, pre = 8 * 2 * 16 * 2, 32 * 32 * 2, 32 * 32 * 2 * (2 if name == "swiglu" else 1)
+    for found in results:
+        assert sorted(found["saved"][name, None]["torch.bfloat16"]) == sorted([x, pre, y])  # Megatron's linears
+        ours = found["saved"][name, "unfused"]
+        assert sorted(ours.pop("torch.bfloat16")) == sorted([x, pre])
+        assert sum(map(sum, ours.values())) <= 64  # alphas, fp32
+
+
+def test_ranks_agree_on_what_the_first_measures(results):
+    """Rank 1 would have taken triton; it is not asked."""
+    for found in results:
+        for name, (way, among) in {
+            "all": ("quack", ["triton", "quack"]),
+            "one has less": ("quack", ["quack"]),
+            "nothing in common": (None, []),
+        }.items():
+            rank, agreed_on, asked = found["agreed"][name]
+            assert agreed_on == way, name
+            assert asked == ([among] if rank == 0 and way else []), name
+
+
+def test_hooks_see_what_they_would_have_seen_or_rule_fusion_out(results):
+    for found in results:
+        hooks = found["hooks"]
+        assert hooks["seen alike"]
+        for part in ("pre linear_fc1", "pre linear_fc2", "pre activation_func", "post linear_fc2"):
+            assert "has hooks" in hooks[part]
+        assert hooks["frozen"] == "a weight is frozen"
+        assert hooks["in the end"] is None  # nothing of the above is left
+        assert hooks["on a CPU"] == "unfused"

@@ -1,0 +1,313 @@
+"""A linear layer and its activation in one kernel: the door unfused and the Triton kernels in the interpreter, against
+fp64; the kernels' machine code for sm_80 and sm_90; and that each of these checks can fail."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreter import in_interpreter
+from test_interpreted import assert_close
+
+from megatron_xact import activations
+from megatron_xact.kernels import linear
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter multiplies bf16 wrongly
+# nothing learned, a gate, one learned, two, three; TMA needs rows of whole 16 bytes, plain loads do not
+NAMES = ["relu2", "swiglu", "xsilu_glu2", "xielu", "xiprelu", "xielu_neg_xsilu"]
+SIZES = {"tma": (70, 48, 88), "pointers": (37, 45, 51)}  # M, H, F: no tile divides them
+
+
+def inputs(record, sizes, dtype, bias=True, seed=1):
+    """x, w1, w2, dout, bias or None, p."""
+    rows, hidden, columns = sizes
+    width = columns * (1 + record.gated)
+    g = torch.Generator().manual_seed(seed)
+    x, w1, w2, dout = (
+        torch.randn(*shape, generator=g)
+        for shape in ((rows, hidden), (width, hidden), (hidden, columns), (rows, hidden))
+    )
+    p = {q.symbol: torch.tensor([0.3 + 0.4 * i]) if q.trainable else q.init for i, q in enumerate(record.parameters)}
+    x, w1, w2, dout = (t.to(dtype) for t in (x, w1 * 2 / hidden**0.5, w2 / hidden**0.5, dout))
+    return x, w1, w2, dout, torch.randn(width, generator=g).to(dtype) if bias else None, p
+
+
+def check(backend, record, x, w1, w2, dout, bias, p, **tiles):
+    """forward and backward of `backend` (its name in `linear`, or a module) against autograd in fp64."""
+    forward, backward = (
+        (getattr(backend, name) for name in ("forward", "backward"))
+        if not isinstance(backend, str)
+        else (lambda *args: linear.forward(backend, *args), lambda *args: linear.backward(backend, *args))
+    )
+    pre, y = forward(record, x, w1, p, bias, *tiles.values())
+    assert pre.dtype == y.dtype == x.dtype and pre.is_contiguous() and y.is_contiguous()
+    assert_close("pre", pre, x.double() @ w1.double().T)
+
+    leaves = {"pre": pre} | ({} if bias is None else {"bias": bias})
+    leaves |= {s: v for s, v in p.items() if isinstance(v, torch.Tensor)}
+    leaves = {s: v.double().requires_grad_() for s, v in leaves.items()}
+    z = leaves["pre"] + leaves.get("bias", 0.0)
+    gate, up = z.chunk(2, -1) if record.gated else (z, 1.0)
+    true_y = record.value(gate, p | {s: leaves[s] for s in leaves if s in p}) * up
+    true_y.backward(dout.double() @ w2.double())
+    true = {s: leaf.grad for s, leaf in leaves.items()}
+    assert_close("y", y, true_y.detach())
+
+    back = backward(record, dout, w2, pre, p, bias, *tiles.values())
+    assert torch.equal(back.y_MF, y), "y of backward differs from y of forward"
+    assert back.dpre_MW.dtype == x.dtype
+    assert_close("dpre", back.dpre_MW, true["pre"])
+    assert list(back.parameters) == [q.symbol for q in record.trainable]
+    sums = {"bias": back.bias} if bias is not None else {}
+    assert bias is not None or back.bias is None
+    for symbol, value in (back.parameters | sums).items():
+        assert value.dtype == torch.float32
+        assert_close(symbol, value.reshape(true[symbol].shape), true[symbol], terms=float(y.numel()) ** 0.5)
+    again = backward(record, dout, w2, pre, p, bias, *tiles.values())
+    assert torch.equal(again.dpre_MW, back.dpre_MW) and (bias is None or torch.equal(again.bias, back.bias))
+    assert all(torch.equal(again.parameters[s], v) for s, v in back.parameters.items()), "sums differ in a second run"
+
+
+# --- the door ---
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_unfused(name, bias):
+    record = activations.get(name)
+    check("unfused", record, *inputs(record, SIZES["pointers"], torch.float32, bias))
+    assert linear.unavailable_reason("unfused", record, torch.float32, torch.device("cpu")) is None
+
+
+def test_unfused_where_the_cpu_has_a_fused_pass():
+    """Enough elements for the compiled pass, whose backward gives y again too."""
+    record = activations.get("relu2")
+    pre, dout, w2 = torch.randn(256, 264), torch.randn(256, 4), torch.randn(4, 264)
+    back = linear.backward("unfused", record, dout, w2, pre, {})
+    torch.testing.assert_close(back.y_MF, pre.relu() ** 2)
+    torch.testing.assert_close(back.dpre_MW, dout @ w2 * 2 * pre.relu())
+
+
+def test_unfused_rounds_to_bf16_where_fused_rounds():
+    """pre and y have the bits of one product and one activation, each rounded once."""
+    record = activations.get("xielu")
+    x, w1, _, _, bias, p = inputs(record, (16, 32, 24), torch.bfloat16)
+    pre, y = linear.forward("unfused", record, x, w1, p, bias)
+    assert torch.equal(pre, x @ w1.T)
+    wide = record.value(pre.float() + bias.float(), p)
+    assert torch.equal(y, wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"x": torch.zeros(2, 3, 8)}, r"x \(2, 3, 8\) and w1 \(12, 8\) are not matrices that share"),
+        ({"x": torch.zeros(3, 9)}, r"x \(3, 9\) and w1 \(12, 8\)"),
+        ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x is torch.float64 on cpu, w1 torch.float32"),
+        ({"w1": torch.zeros(11, 8)}, "swiglu is gated: 11 columns"),
+        ({"bias": torch.zeros(6)}, r"bias has shape \(6,\), not \(12,\)"),
+        ({"backend": "cublas"}, "linear backend 'cublas' is not one of unfused, triton, quack"),
+    ],
+)
+def test_refusals(change, words):
+    given = {"backend": "unfused", "x": torch.zeros(3, 8), "w1": torch.zeros(12, 8), "bias": None} | change
+    with pytest.raises(ValueError, match=words):
+        linear.forward(given["backend"], activations.get("swiglu"), given["x"], given["w1"], {}, given["bias"])
+
+
+def test_a_pre_activation_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"pre has shape \(3, 6\), not \(3, 12\)"):
+        linear.backward(
+            "unfused", activations.get("swiglu"), torch.zeros(3, 8), torch.zeros(8, 6), torch.zeros(3, 6), {}
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "record, dtype, words",
+    [
+        (activations.get("xielu"), torch.bfloat16, "not on an NVIDIA GPU"),
+        (activations.get("xielu"), torch.float32, "tensor cores would round torch.float32"),
+        (activations.get("xielu", eps=-1e-6), torch.bfloat16, "eager code"),
+    ],
+)
+def test_why_triton_cannot_serve(record, dtype, words):
+    assert words in linear.unavailable_reason("triton", record, dtype, torch.device("cpu"))
+
+
+# --- the kernels, in the interpreter ---
+
+
+def small_tile(way, parts):
+    from megatron_xact.kernels.triton_gemm import Tile
+
+    return Tile(32, 32, 16, parts, 4, 1, tma=way == "tma")
+
+
+@contextmanager
+def poison():
+    """Whatever is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype, bias", [("fp32", True), ("fp16", False)], ids=["fp32-bias", "fp16-plain"])
+@pytest.mark.parametrize("way", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+@in_interpreter
+def test_kernels(name, way, dtype, bias):
+    from megatron_xact.kernels import triton_gemm
+
+    record = activations.get(name)
+    tile = small_tile(way, parts=2 if bias else 4)
+    with poison():
+        check(triton_gemm, record, *inputs(record, SIZES[way], DTYPES[dtype], bias), tile=tile)
+
+
+# --- their machine code ---
+
+
+def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisible=True, **changes):
+    """changes: of compile-time arguments and options that the launcher would give."""
+    from compiled import compiled, parameters
+
+    from megatron_xact.kernels import triton_gemm
+    from megatron_xact.kernels import triton_gemm_hopper as hopper
+    from megatron_xact.kernels import triton_gemm_pointer as pointer
+
+    record = activations.get(name)
+    p = {q.symbol: torch.ones(1) if q.trainable else q.init for q in record.parameters}
+    constants = triton_gemm._options(record, p, tile) | changes
+    module = hopper if tile.tma else pointer
+    kernel = module.forward_kernel if direction == triton_gemm.FORWARD else module.backward_kernel
+    data = f"*{dtype}"
+
+    def described(rows, columns):
+        return f"tensordesc<{dtype}[{rows}, {columns}]>"
+
+    part = described(tile.m, tile.n // tile.parts)
+    half = part if record.gated else None
+    weight = described(tile.n, tile.k) if direction == triton_gemm.FORWARD else described(tile.k, tile.n)
+    given = {
+        "x": described(tile.m, tile.k), "dout": described(tile.m, tile.k),
+        "w": weight, "w_up": weight if record.gated else None,
+        "pre": part, "pre_up": half, "dpre": part, "dpre_up": half, "y": part,
+        **dict.fromkeys(["x_ptr", "dout_ptr", "w_ptr", "pre_ptr", "dpre_ptr", "y_ptr"], data),
+        "bias_ptr": data if bias else None, "dbias_ptr": "*fp32" if bias else None, "dp_ptr": "*fp32",
+        "rows": "i32", "columns": "i32", "hidden": "i32",
+    }  # fmt: skip
+    elements = tile.m * tile.n // (32 * tile.warps)
+    return compiled(kernel, given | parameters(constants["LEARNED"]), constants, arch, elements, divisible)
+
+
+# per multiprocessor: bytes that one program may have, bytes of all with 1 KiB more each
+SHARED_BYTES = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}
+REGISTERS = 65536
+SPECIAL_FUNCTIONS = {"relu2": 0, "xielu": 1, "xelu": 1}  # MUFU instructions per element of y; the others have 2
+
+
+def violations(binary, name, direction, tile, arch):
+    """What the machine code does that it must not, one phrase each."""
+    record = activations.get(name)
+    found = []
+    if binary.stack_bytes or binary.count("LDL") or binary.count("STL"):
+        found.append(f"spills: stack {binary.stack_bytes} B, {binary.count('LDL')} LDL, {binary.count('STL')} STL")
+    of_one, of_all = SHARED_BYTES[arch]
+    programs = tile.per_multiprocessor
+    registers = -(-binary.registers // 8) * 8 * 32 * tile.warps
+    if binary.shared_bytes > of_one or programs * (binary.shared_bytes + 1024) > of_all:
+        found.append(f"{programs} x {binary.shared_bytes} B of shared memory do not fit")
+    if programs * registers > REGISTERS:
+        found.append(f"{programs} x {registers} registers do not fit")
+    special = binary.count("MUFU") - SPECIAL_FUNCTIONS.get(name, 2) * binary.elements
+    if not 0 <= special <= 16:  # a few divide for the tile's coordinates
+        found.append(f"special functions: {binary.count('MUFU') / binary.elements} per element")
+    if not binary.count("HGMMA" if arch == 90 else "HMMA"):
+        found.append("no tensor cores")
+    if binary.count("F2F."):
+        found.append(f"{binary.count('F2F.')} roundings one by one")
+    if tile.tma and not (binary.count("UTMALDG") and binary.count("UTMASTG")):
+        found.append("no TMA")
+    learned, backward = len(record.trainable), direction == "backward"
+    per_matrix = 0 if tile.tma else binary.elements // 8  # of 16 bytes, as wide as y
+    for opcode, wide, narrow in (
+        ("LDG.", per_matrix * (1 + record.gated) * backward, learned),
+        ("STG", per_matrix * (2 + record.gated), learned * backward),
+        ("LDGSTS", None, 0),
+    ):
+        is_wide = sum(n for o, n in binary.instructions.items() if o.startswith(opcode) and ".128" in o)
+        is_narrow = binary.count(opcode) - is_wide
+        if is_narrow != narrow or wide not in (None, is_wide):
+            found.append(f"{opcode}: {is_wide} of 128 bits and {is_narrow} narrower")
+    return found
+
+
+def shipped():
+    """Every tile for one ungated and one gated activation, and the tightest kernel for costly functions."""
+    from megatron_xact.kernels.triton_gemm import AMPERE, BACKWARD, HOPPER
+
+    for arch, table in ((90, HOPPER), (80, AMPERE)):
+        for (direction, gated), tiles in table.items():
+            for tile in tiles:
+                yield "xsilu_glu2" if gated else "xielu", direction, tile, arch
+    for name in ("relu2", "xielu_neg_xsilu", "xgelu", "xatlu", "xelu", "swiglu", "xgelu_glu1"):
+        yield name, BACKWARD, HOPPER[BACKWARD, activations.get(name).gated][-1], 90
+
+
+@pytest.mark.parametrize("name, direction, tile, arch", list(shipped()), ids=lambda value: str(value).replace(" ", "-"))
+def test_machine_code(name, direction, tile, arch):
+    assert violations(compile_tile(name, direction, tile, arch), name, direction, tile, arch) == []
+
+
+@pytest.mark.parametrize("name", ["xielu", "xsilu_glu2"])
+def test_machine_code_with_a_bias(name):
+    from megatron_xact.kernels.triton_gemm import BACKWARD, HOPPER, with_sums_of_bias
+
+    (tile,) = with_sums_of_bias(HOPPER[BACKWARD, activations.get(name).gated])
+    binary = compile_tile(name, BACKWARD, tile, 90, bias=True)
+    assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0
+
+
+# Planted regressions: what each must be called
+
+
+def first(direction, arch=90):
+    from megatron_xact.kernels.triton_gemm import AMPERE, HOPPER
+
+    return "xielu", direction, (HOPPER if arch == 90 else AMPERE)[direction, False][0], arch
+
+
+def found_in(case, divisible=True, **changes):
+    return " | ".join(violations(compile_tile(*case, divisible=divisible, **changes), *case))
+
+
+def test_spills_are_noticed():
+    assert "spills: stack" in found_in(first("backward", 80), maxnreg=96)
+
+
+def test_roundings_one_by_one_are_noticed():
+    assert "128 roundings one by one" in found_in(first("forward"), INTERPRETED=True)
+
+
+def test_a_missing_tensor_core_and_an_extra_special_function_are_noticed():
+    from megatron_xact.kernels.device_functions import xsilu
+    from megatron_xact.kernels.triton_gemm import Tile
+
+    case = ("xielu", "forward", Tile(32, 32, 16, 2, 4, 2, tma=False), 80)
+    found = found_in(case, dtype="fp32", FUNCTION=xsilu, INTERPRETED=True)
+    assert "no tensor cores" in found and "special functions: " in found
+
+
+def test_narrow_accesses_are_noticed():
+    found = found_in(first("forward", 80), divisible=False)
+    assert "STG: 0 of 128 bits" in found
+
+
+def test_programs_that_do_not_fit_side_by_side_are_noticed():
+    name, direction, tile, arch = first("forward")
+    found = found_in((name, direction, replace(tile, per_multiprocessor=2), arch), maxnreg=None)
+    assert "B of shared memory do not fit" in found and "registers do not fit" in found

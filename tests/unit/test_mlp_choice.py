@@ -1,0 +1,241 @@
+"""Which way an MLP runs: what is remembered, when it is measured anew, what is refused; and what is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_xact import activations
+from megatron_xact.kernels import backends, linear, mlp_choice, mlp_timing
+from megatron_xact.kernels.mlp_choice import choose
+from megatron_xact.kernels.mlp_timing import Shape
+from megatron_xact.layers import fused_mlp
+from megatron_xact.pretraining import checks
+from megatron_xact.pretraining.config import load
+
+CPU = torch.device("cpu")
+SHAPE = Shape(tokens=64, hidden=32, ffn=96, dtype=torch.bfloat16)
+XIELU = activations.get("xielu")
+
+
+class Gauge:
+    """Stands for the GPU: timings that are given, and how often somebody asked."""
+
+    def __init__(self, **seconds: float):
+        self.seconds, self.failed, self.asked = seconds, {}, 0
+
+    def __call__(self, activation, shape, device, candidates):
+        self.asked += 1
+        assert set(candidates) <= {*self.seconds, *self.failed}
+        return {name: value for name, value in self.seconds.items() if name in ("unfused", *candidates)}, self.failed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of this test's own, and a process that has chosen nothing yet."""
+    monkeypatch.setenv("XACT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mlp_choice, "_made", {})
+    monkeypatch.setattr(mlp_choice, "_selected", "auto")
+    return tmp_path / "cache"
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def new_process() -> None:
+    mlp_choice._made.clear()
+
+
+def asked_again(gauge: Gauge, candidates=("triton", "quack"), shape=SHAPE, activation=XIELU, **options) -> bool:
+    """Is it measured, in a process that has not chosen yet?"""
+    new_process()
+    before = gauge.asked
+    choose(activation, shape, CPU, candidates, measure=gauge, **options)
+    return gauge.asked > before
+
+
+def test_the_fastest_is_chosen_and_told():
+    choice = choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=Gauge(unfused=6.8e-3, triton=6.9e-3, quack=6.4e-3))
+    assert choice.backend == "quack"
+    assert "quack 6.400 ms, unfused 6.800 ms, triton 6.900 ms" in choice.reason
+    new_process()
+    assert choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=6.8e-3, triton=6.9e-3)).backend == "unfused"
+
+
+def test_it_is_measured_once(cache):
+    gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
+    assert asked_again(gauge)
+    [file] = files(cache)
+    stored = json.loads(file.read_text())
+    assert stored["seconds"] == gauge.seconds
+    assert stored["key"]["tokens"] == 64 and stored["key"]["dtype"] == "bfloat16" and stored["key"]["gated"] is False
+    assert not asked_again(gauge)  # another process
+    choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=gauge)
+    assert gauge.asked == 1  # the same process
+    assert asked_again(gauge, refresh=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": Shape(65, 32, 96, torch.bfloat16)},
+        {"shape": Shape(64, 16, 96, torch.bfloat16)},
+        {"shape": Shape(64, 32, 48, torch.bfloat16)},
+        {"shape": Shape(64, 32, 96, torch.float16)},
+        {"shape": Shape(64, 32, 96, torch.bfloat16, bias=True)},
+        {"activation": activations.get("xiprelu")},
+        {"activation": activations.get("xielu", trainable=[])},
+        {"candidates": ["triton"]},
+    ],
+    ids=["tokens", "hidden", "ffn", "dtype", "bias", "activation", "trainable", "candidates"],
+)
+def test_anything_else_is_measured_for_itself(change):
+    gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
+    assert asked_again(gauge) and not asked_again(gauge)
+    assert asked_again(gauge, **change)
+
+
+def test_another_version_is_measured_anew(monkeypatch):
+    gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
+    assert asked_again(gauge)
+    monkeypatch.setattr(mlp_choice, "__version__", "0.0.0+other")
+    assert asked_again(gauge)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace('"triton": 1.0', '"triton": NaN'),
+        lambda text: text.replace('"triton": 1.0', '"triton": -1.0'),
+        lambda text: text.replace('"triton": 1.0', '"triton": "fast"'),
+        lambda text: text.replace('"seconds"', '"second"'),
+        lambda text: text.replace('"tokens": 64', '"tokens": 32'),  # another key's, copied or renamed
+    ],
+    ids=["empty", "cut", "list", "nan", "negative", "word", "no seconds", "other key"],
+)
+def test_a_spoilt_file_is_measured_anew_and_written_whole(cache, spoil):
+    gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
+    assert asked_again(gauge)
+    [file] = files(cache)
+    whole = file.read_text()
+    assert spoil(whole) != whole
+    file.write_text(spoil(whole))
+    assert asked_again(gauge)
+    assert file.read_text() == whole and files(cache) == [file]
+
+
+def test_what_cannot_be_written_is_said_and_still_chosen(cache, monkeypatch):
+    cache.write_text("a file where the folder should be")
+    choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=2.0, triton=1.0))
+    assert choice.backend == "triton" and "not remembered" in choice.reason
+    new_process()
+    monkeypatch.delenv("XACT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "xdg"))
+    choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=2.0, triton=1.0))
+    assert [path.parent.relative_to(cache.parent).as_posix() for path in (cache.parent / "xdg").rglob("*.json")] == [
+        "xdg/megatron-xact/mlp"
+    ]
+
+
+def test_trouble_while_measuring_leaves_the_mlp_unfused(cache):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=out_of_memory)
+    assert choice.backend == "unfused" and "CUDA out of memory." in choice.reason
+    new_process()
+    gauge = Gauge(unfused=2.0, quack=1.0)
+    gauge.failed = {"triton": "failed: no such instruction"}
+    choice = choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=gauge)
+    assert choice.backend == "quack" and "triton: failed: no such instruction" in choice.reason
+    assert not files(cache)  # neither is remembered
+
+
+def test_on_a_cpu_nothing_is_measured():
+    gauge = Gauge(unfused=2.0, triton=1.0)
+    reasons = mlp_choice.unavailable_reasons(XIELU, torch.bfloat16, CPU)
+    assert reasons.keys() == set(linear.BACKENDS) and "needs a GPU" in reasons["triton"]
+    assert choose(XIELU, SHAPE, CPU, [], measure=gauge).backend == "unfused" and gauge.asked == 0
+
+
+def config(**changes) -> TransformerConfig:
+    settings = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "transformer_impl": "local"}
+    return TransformerConfig(**settings | changes)
+
+
+def test_a_named_backend_that_cannot_run_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"mlp = 'quack' in \[xact\] cannot run here: it needs a GPU; use 'auto'"):
+        fused_mlp.select("quack", XIELU, config())
+    with pytest.raises(ValueError, match="cannot run here: cpu-offloading = True"):
+        fused_mlp.select("triton", XIELU, config(cpu_offloading=True, cpu_offloading_num_layers=0))
+    with pytest.raises(ValueError, match="mlp = 'cutlass' is not one of auto, unfused, triton, quack"):
+        fused_mlp.select("cutlass", XIELU, config())
+    for name in ("unfused", "auto"):
+        fused_mlp.select(name, XIELU, config(cpu_offloading=True, cpu_offloading_num_layers=0))
+        assert mlp_choice.selected() == name
+
+
+def test_a_named_backend_that_is_not_installed_is_refused_before_ranks_start(monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"mlp = 'quack' in \[xact\] needs the package quack, which is not installed"):
+        checks._mlp("quack")
+    for name in ("auto", "unfused"):
+        checks._mlp(name)
+
+
+def test_it_is_a_key_of_the_config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[activation]\nname = "xielu"\n[xact]\nmlp = "unfused"\n')
+    assert load(path).xact.mlp == "unfused" and 'mlp = "unfused"' in load(path).dump()
+    assert load(path).with_overrides([], ["xact.mlp=triton"]).xact.mlp == "triton"
+    with pytest.raises(ValueError, match="mlp = 'cutlass' .*expected 'auto' or 'unfused' or 'triton' or 'quack'"):
+        load(path).with_overrides([], ["xact.mlp=cutlass"])
+
+
+def test_reference_kernels_rule_fused_ones_out(monkeypatch):
+    monkeypatch.setattr(backends, "_choice", "reference")
+    reasons = mlp_choice.unavailable_reasons(XIELU, torch.bfloat16, torch.device("cuda"))
+    assert all("kernels = 'reference'" in reason for reason in reasons.values()) and len(reasons) == 2
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["xielu", "xsilu_glu2", "relu2"])
+def test_every_way_computes_the_same(name, bias):
+    """Against plain autograd through the record's formula, in fp64."""
+    record = activations.get(name)
+    o = mlp_timing.operands(record, Shape(16, 8, 12, torch.float64, bias), CPU)
+    pre = o.x_MH @ o.w1_WH.T + (o.bias_W if bias else 0.0)
+    gate, up = pre.chunk(2, -1) if record.gated else (pre, 1.0)
+    out = (record.value(gate, o.p) * up) @ o.w2_HF.T
+    inputs = [o.x_MH, o.w1_WH, o.w2_HF, *([o.bias_W] if bias else []), *o.learned]
+    truth = [out, *torch.autograd.grad(out, inputs, o.dout_MH)]
+    for found in (mlp_timing.unfused(o), mlp_timing.fused("unfused", o)):
+        assert [t.shape for t in found] == [t.shape for t in truth]
+        assert mlp_timing.disagreement(found, truth) < 1e-6
+    wrong = [*truth[:-1], truth[-1] * 1.01]
+    assert mlp_timing.disagreement(wrong, truth) == pytest.approx(0.01, rel=1e-3)
+    assert not mlp_timing.disagreement([*truth[:-1], truth[-1] * torch.nan], truth) <= 1.0
+
+
+def test_a_backend_that_computes_something_else_is_not_used(monkeypatch):
+    """The last line of defence: a kernel is compared with the unfused results before it may be chosen."""
+    right = linear.backward
+
+    def slightly_wrong(backend, activation, *args):
+        result = right(linear.UNFUSED, activation, *args)
+        return result._replace(dpre_MW=result.dpre_MW * (1.1 if backend == "quack" else 1.0))
+
+    monkeypatch.setattr(linear, "forward", lambda backend, *args, forward=linear.forward: forward("unfused", *args))
+    monkeypatch.setattr(linear, "backward", slightly_wrong)
+    seconds, failed = mlp_timing.measure(XIELU, SHAPE, CPU, ["triton", "quack"], repeats=1)
+    assert seconds.keys() == {"unfused", "triton"} and all(value > 0 for value in seconds.values())
+    assert failed.keys() == {"quack"} and "differ from the unfused ones" in failed["quack"]
