@@ -91,8 +91,9 @@ class Comparison:
 
     @property
     def excluded(self) -> float:
-        """A deviation of m from 1, as a factor minus 1, that is excluded at the level."""
-        return max(self.multiplier.high, 1 / self.multiplier.low) - 1
+        """A deviation of m from 1, as a factor minus 1, that is excluded at the level; inf if none is."""
+        low = self.multiplier.low  # 0: an open end of the interval
+        return max(self.multiplier.high, 1 / low if low else np.inf) - 1
 
 
 @dataclass(frozen=True)
