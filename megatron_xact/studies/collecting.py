@@ -40,19 +40,22 @@ def collect(folder: Path, table_folder: Path) -> tuple[list[Run], list[str]]:
     if missing := [c.name for c in every if c not in done]:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         told.append(f"missing: {', '.join(missing[:4])}{more}")
-    rows = {(c.trunk.name, c.budget.steps): _row(c, folder, table_folder) for c in done}
+    # One run at a time has its own speed; runs beside each other (--jobs) have each other's.
+    speeds = state.measured_speeds(folder)
+    rows = {(c.trunk.name, c.budget.steps): _row(c, folder, table_folder, speeds) for c in done}
     kept, chosen = _best_rates(done, rows)
-    return [rows[c.trunk.name, c.budget.steps] for c in kept], told + chosen
+    source = "as xact study plan --measure found them" if speeds else "of the runs themselves"
+    return [rows[c.trunk.name, c.budget.steps] for c in kept], [*told, *chosen, f"step times: {source}"]
 
 
-def _row(cell: Cell, folder: Path, table_folder: Path) -> Run:
+def _row(cell: Cell, folder: Path, table_folder: Path, speeds: dict[tuple[str, str], float]) -> Run:
     trunk, run = cell.trunk, folder / cell.folder
     found = state.report_of(run)
     loss = found.get("validation_loss")
     # The trunk's where there is one: it is measured over more steps than a cooldown has.
     trained = Cell(trunk, trunk.budgets[-1])
     timed = state.report_of(folder / trained.folder) if state.is_finished(trained, folder) else found
-    speed = timed.get("tokens_per_second")
+    speed = speeds.get((trunk.size, trunk.activation)) or timed.get("tokens_per_second")
     if not isinstance(loss, (int, float)) or not math.isfinite(loss):
         raise ValueError(f"{cell.name} has no validation loss ({run / state.REPORT}): does the config name validation "
                          "data?")  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -82,6 +83,7 @@ class Comparison:
     step_time: Estimate | None  # other / baseline
     wall_clock: Estimate | None  # multiplier of time
     law: Law
+    form: str  # of the law
     params_ratio: Interval  # other / baseline, least and greatest
     flops_ratio: Interval | None
 
@@ -123,14 +125,21 @@ class Effects:
 
 
 def compare(
-    table: Table, baseline: str, other: str, *, form: str = "free", cluster: str = "auto", level: float = 0.95,
+    table: Table, baseline: str, other: str, *, form: str = "auto", cluster: str = "auto", level: float = 0.95,
     draws: int = 1000, seed: int = 0, workers: int | None = None,
 ) -> Comparison:  # fmt: skip
-    """cluster: what is independent: "pair", "ladder" (all budgets of one size and seed), or "auto": the column `trunk`
+    """form: of the law, "free", "tied", or "auto": free, or tied where that says nothing because the exponents of N and
+    D cannot be told apart (one of them lies at its bound, or the interval is open). cluster: what is independent: "pair", "ladder" (all budgets of one size and seed), or "auto": the column `trunk`
     where there is one, else pairs unless the budgets of a ladder look alike. Results depend on `seed`, not `workers`.
     """
     if baseline == other:
         raise ValueError(f"{baseline} cannot be compared with itself; seeds of one activation are not two activations")
+    if form == "auto":
+        tried = partial(compare, table, baseline, other, cluster=cluster, level=level, draws=draws, seed=seed,
+                        workers=workers)  # fmt: skip
+        free = tried(form="free")
+        at_bound = min(float(free.law.alpha), float(free.law.beta)) <= 1.01 * solver.EXPONENTS[0]
+        return tried(form="tied") if at_bound or not np.isfinite(free.excluded) else free
     runs = table.only(baseline).runs + table.only(other).runs
     table = table.where(lambda r: r.activation in (baseline, other))
     pairs = pair(runs, baseline, other, table.name)
@@ -158,6 +167,7 @@ def compare(
         by_size=_by_size(law, laws, pairs, ids, level), trends=_trends(law, effects, laws, pairs, ids, level),
         step_time=(time := _step_time(pairs, ids, level)) and time.exp(),
         wall_clock=time and _minus(_estimate(value, distribution, level), time).exp(), law=law,
+        form=form,
         params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"),
     )  # fmt: skip
 

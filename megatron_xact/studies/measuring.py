@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 from megatron_xact.studies.expectation import Speed
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.running import environment
-from megatron_xact.studies.state import report_of
+from megatron_xact.studies.state import SPEEDS, report_of
+from megatron_xact.studies.table import write_text
 
-STEPS = 8
+STEPS = 20
 
 
 def measure(plan: Plan, folder: Path) -> Speed:
-    """Trains the first trunk of every activation and size for STEPS steps. ValueError: one of them fails."""
+    """Trains the first trunk of every activation and size for STEPS steps; SPEEDS of the folder then has the speeds.
+
+    ValueError: one of them fails.
+    """
     speeds, starts = {}, []
     place = folder / "measured"
     for trunk in plan.trunks:
@@ -40,5 +45,9 @@ def measure(plan: Plan, folder: Path) -> Speed:
         starts.append(max(0.0, took - STEPS * trunk.batch / speed))
         print(f"measured     {trunk.size} {trunk.activation}: {speed:,.0f} tokens/s", flush=True)
     shutil.rmtree(place, ignore_errors=True)
+    by_size: dict[str, dict[str, float]] = {}
+    for (size, activation), speed in speeds.items():
+        by_size.setdefault(size, {})[activation] = speed
+    write_text(folder / SPEEDS, json.dumps(by_size, indent=1) + "\n")
     start = sum(starts) / len(starts)
     return Speed(f"measured here, median of {STEPS} steps, and {start:.0f} s for each start and end", speeds, start)

@@ -97,6 +97,7 @@ def of_comparison(c: Comparison, tied: float) -> dict:
         "wall_clock_multiplier": c.wall_clock and _estimate(c.wall_clock),
         "params_ratio": c.params_ratio,
         "flops_ratio": c.flops_ratio,
+        "form": c.form,
         "law": {q: float(fitting.quantity_of(c.law, q)) for q in QUANTITIES},
         "multiplier_under_tied_law": tied,
     })  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from megatron_xact.studies import isoflop
@@ -48,12 +49,27 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _plain_ticks(ax, x: Array) -> None:
-    """A logarithmic axis over few distinct values: a tick for each, in words."""
-    values = sorted({float(f"{v:.2g}") for v in x})
+    """A logarithmic axis over few distinct values: a tick for each, or one for several that nearly agree."""
+    values: list[float] = []
+    for value in sorted({float(f"{v:.2g}") for v in x}):
+        if not values or value > 1.05 * values[-1]:
+            values.append(value)
     ax.set_xscale("log")
     if len(values) <= 10:
         ax.set_xticks(values, [format_count(v) for v in values])
         ax.set_xticks([], minor=True)
+
+
+def _count(value: float, _: int) -> str:
+    return format_count(value) if value < 1e15 else f"{value:.0e}"
+
+
+def _counts(ax) -> None:
+    """A logarithmic axis of tokens or FLOPs: 500k, 1M, 2M, however narrow it is."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(_count))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
@@ -75,7 +91,8 @@ def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
                         law = fits[activation].law.loss(np.full(60, N[0]), line)
                         ax.plot(line * scale, law, color=shade[size], lw=1)
             for ax, what in ((left, "training tokens"), (right, "training FLOPs (6 N D)")):
-                ax.set(xscale="log", xlabel=what, ylabel="loss (nats per token)", title=activation)
+                ax.set(xlabel=what, ylabel="loss (nats per token)", title=activation)
+                _counts(ax)
                 ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
             left.legend(title="parameters", fontsize=8, title_fontsize=8, ncols=1 + len(table.sizes) // 6)
 
@@ -94,8 +111,9 @@ def held_out(fit: Fit, path: Path) -> None:
                 line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
                 ax.plot(line, trial.law.loss(np.full(60, N[0]), line), "--" if out else "-", color=shade[size], lw=1.1)
             least, greatest = trial.errors.min(), trial.errors.max()
-            ax.set(xscale="log", xlabel="training tokens", ylabel="loss (nats per token)",
+            ax.set(xlabel="training tokens", ylabel="loss (nats per token)",
                    title=f"{fit.activation}, {trial.form} form: {least:+.2%} .. {greatest:+.2%} off")  # fmt: skip
+            _counts(ax)
             ax.legend(fontsize=8)
 
 
@@ -201,7 +219,8 @@ def training_curves(found: Sequence[tuple[Run, Curves]], path: Path) -> None:
                 for i, c in enumerate(those):
                     label = activation if i == 0 else None
                     ax.plot(c.tokens, c.loss, lw=0.8, alpha=0.8, color=colour[activation], label=label)
-            ax.set(xscale="log", xlabel="tokens", ylabel="training loss (nats per token)", title=size)
+            ax.set(xlabel="tokens", ylabel="training loss (nats per token)", title=size)
+            _counts(ax)
             ax.legend(fontsize=8)
 
 

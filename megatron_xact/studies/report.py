@@ -248,7 +248,8 @@ METHOD = Section(
         "Multiplier: m such that the baseline with m times the compute, in the proportion of the frontier, reaches the "
         "other's loss. Runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
         "(Student's t; trunks, where runs branch from one, count as one) with the uncertainty of what a nat is worth "
-        "(a law with free exponents, refitted to resampled residuals). It is valid inside the measured range of sizes "
+        "(a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "
+        "resampled residuals). It is valid inside the measured range of sizes "
         "and tokens; it says nothing about learning rates that were not tried.",
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_xact.studies.ladder import Cell
 
 REPORT = "report.json"
+SPEEDS = "speeds.json"  # of `xact study plan --measure`: {size: {activation: tokens per second}}
 
 
 def report_of(folder: Path) -> dict:
@@ -17,6 +18,21 @@ def report_of(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def measured_speeds(study: Path) -> dict[tuple[str, str], float]:
+    """Tokens per second of (size, activation), as `xact study plan --measure` found them; {}: it has not.
+
+    ValueError: the file is damaged.
+    """
+    path = study / SPEEDS
+    if not path.is_file():
+        return {}
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+        return {(size, name): float(speed) for size, speeds in sizes.items() for name, speed in speeds.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: delete it, or measure again (xact study plan --measure)") from None
 
 
 def is_finished(cell: Cell, study: Path) -> bool:

@@ -102,8 +102,11 @@ def of_comparison(c: Comparison, tied: float) -> list[tuple[str, str]]:
     told.append(("by size", ", ".join(f"{size} {interval(e)}" for size, e in c.by_size.items())))
     told.append(("wall clock", wall_clock(c)))
     E, alpha, beta = float(c.law.E), float(c.law.alpha), float(c.law.beta)
-    told.append(("price of a nat", f"from the common law with E {E:.3g}, alpha {alpha:.3g}, beta {beta:.3g}; with one "
-                                   f"exponent for both the multiplier would be {tied:.4g}"))  # fmt: skip
+    law = f"from the common law with E {E:.3g}, alpha {alpha:.3g}, beta {beta:.3g}"
+    if c.form == "tied":
+        told.append(("price of a nat", f"{law}; one exponent for both, since these runs cannot tell them apart"))
+    else:
+        told.append(("price of a nat", f"{law}; with one exponent for both the multiplier would be {tied:.4g}"))
     told.append(("parameters", ratio(c.params_ratio)))
     if c.flops_ratio:
         told.append(("FLOPs", ratio(c.flops_ratio)))
@@ -116,17 +119,22 @@ def answer(c: Comparison) -> str:
     if not c.detected:
         if not math.isfinite(c.excluded):
             return "no detectable difference, and none is excluded: these runs say nothing about it"
-        return (
+        told = (
             f"no detectable difference between {c.other} and {c.baseline}; differences larger than "
             f"{c.excluded:.2%} in compute are excluded at {level}"
         ).replace("%", " %").replace("  %", " %")
+        return told + ("; but the difference depends on size" if _depends_on_size(c) else "")
     needs, than = (c.baseline, c.other) if m.value > 1 else (c.other, c.baseline)
     low, high = (m.low, m.high) if m.value > 1 else (1 / m.high, 1 / m.low)
     told = (f"{needs} needs {max(m.value, 1 / m.value):.3f} [{low:.3f}, {high:.3f}] times the compute of {than} for "
             "the same loss")  # fmt: skip
-    if "size" in c.trends and c.trends["size"].p < UNRESOLVED:
+    if _depends_on_size(c):
         told += "; but it depends on size, so this one number describes only the middle of these sizes"
     return told
+
+
+def _depends_on_size(c: Comparison) -> bool:
+    return "size" in c.trends and c.trends["size"].p < UNRESOLVED
 
 
 def paired(c: Comparison) -> str:

@@ -36,6 +36,11 @@ def words(runs: Trainings, folder: Path, *more: str) -> list[str]:
     return [str(runs.config), "--quiet", *saving, *more]
 
 
+def _heed_interrupts() -> None:
+    """Shells start what they put into the background with Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Supervised:
     """A supervisor under way, as `xact pretrain` and the launch scripts start it, with everything below it."""
 
@@ -47,7 +52,9 @@ class Supervised:
         self.output = Path(plan.run).with_name(f"output-{mark}.txt")
         command = [sys.executable, "-m", "megatron_xact.pretraining.supervisor", plan.dump(), *options]
         with open(self.output, "w") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=out, preexec_fn=_heed_interrupts
+            )
 
     def wait(self, code: int, timeout: float = 240.0) -> str:
         """What was printed, once it has ended with this exit code and nothing of it is left running."""

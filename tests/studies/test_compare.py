@@ -3,6 +3,7 @@
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from planted import CHINCHILLA, LARGE, SMALL, UNEQUAL, olmo, study
 
 from megatron_xact.studies import words
 from megatron_xact.studies.compare import compare, tied_multiplier
+from megatron_xact.studies.reading import read
 from megatron_xact.studies.table import Table
 
+TINY = Path(__file__).parents[2] / "tools/results/study_tiny"
 STUDIES = 500
 # name -> how a study is drawn. Noise in nat, per run; see planted.study.
 KINDS = {
@@ -85,6 +88,19 @@ def test_one_exponent_for_both_would_price_a_nat_wrongly():
     assert found.multiplier.holds(1.2)
     assert not found.multiplier.holds(tied_multiplier(table, "a", "b"))
     assert not compare(table, "a", "b", draws=100, form="tied").multiplier.holds(1.2)
+
+
+def test_where_exponents_cannot_be_told_apart_one_does_for_both():
+    """Three small sizes, each trained on few tokens: the free form says that size is worth nothing."""
+    table = read(TINY / "runs.csv")
+    free = compare(table, "swiglu", "relu2", draws=100, form="free")
+    assert float(free.law.alpha) == pytest.approx(1e-3) and free.excluded == np.inf
+    assert words.answer(free).endswith("these runs say nothing about it")
+    found = compare(table, "swiglu", "relu2", draws=100)
+    assert found.form == "tied" and found.law.alpha == found.law.beta
+    assert found.multiplier == compare(table, "swiglu", "relu2", draws=100, form="tied").multiplier
+    assert 1 < found.multiplier.low < found.multiplier.high < 3
+    assert compare(study(UNEQUAL, SMALL, 1.2, 0.0005, np.random.default_rng(0)), "a", "b", draws=50).form == "free"
 
 
 def test_a_run_against_its_rerun_is_one():

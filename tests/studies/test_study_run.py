@@ -255,6 +255,20 @@ def test_a_cell_without_a_loss_is_named(tmp_path, loss):
         collect(tmp_path, tmp_path)
 
 
+def test_measured_step_times_come_before_those_of_runs_beside_each_other(tmp_path):
+    study = trained(tmp_path, lambda c: 3.0)
+    rows, told = collect(tmp_path, tmp_path)
+    assert told[-1] == "step times: of the runs themselves"
+    speeds = {size: {name: 512.0 for name in ("swiglu", "xielu")} for size in {t.size for t in study.trunks}}
+    (tmp_path / state.SPEEDS).write_text(json.dumps(speeds))
+    measured, told = collect(tmp_path, tmp_path)
+    assert told[-1] == "step times: as xact study plan --measure found them"
+    assert [r.step_time_s for r in measured] == [r.batch / 512.0 for r in rows] != [r.step_time_s for r in rows]
+    (tmp_path / state.SPEEDS).write_text("{")
+    with pytest.raises(ValueError, match="speeds.json is damaged: delete it"):
+        collect(tmp_path, tmp_path)
+
+
 def test_nothing_finished_is_refused(tmp_path):
     plan(tmp_path, **ONE)
     with pytest.raises(ValueError, match="no cell of .* is finished: xact study run"):
