@@ -128,9 +128,11 @@ def compare(
     table: Table, baseline: str, other: str, *, form: str = "auto", cluster: str = "auto", level: float = 0.95,
     draws: int = 1000, seed: int = 0, workers: int | None = None,
 ) -> Comparison:  # fmt: skip
-    """form: of the law, "free", "tied", or "auto": free, or tied where that says nothing because the exponents of N and
-    D cannot be told apart (one of them lies at its bound, or the interval is open). cluster: what is independent: "pair", "ladder" (all budgets of one size and seed), or "auto": the column `trunk`
+    """cluster: what is independent: "pair", "ladder" (all budgets of one size and seed), or "auto": the column `trunk`
     where there is one, else pairs unless the budgets of a ladder look alike. Results depend on `seed`, not `workers`.
+
+    form: of the law: "free", "tied", or "auto": free, or tied where that says nothing because these runs cannot tell
+    the exponents of N and D apart (one of them lies at its bound, or the interval is open).
     """
     if baseline == other:
         raise ValueError(f"{baseline} cannot be compared with itself; seeds of one activation are not two activations")
