@@ -13,6 +13,7 @@ from megatron_xact.studies.pairs import column_of
 from megatron_xact.studies.table import format_count
 
 UNRESOLVED = 0.05  # of p: what is called a trend
+UNDETERMINED = 1000  # high / low of an interval: what is not worth a number
 
 
 def law_of(fit: Fit) -> str:
@@ -83,6 +84,11 @@ def outliers(fit: Fit) -> str:
 def optimum(fit: Fit, flops: float) -> str:
     found = fitting.optimal(fit, flops)
     (N, *N_range), (D, *D_range), (L, *L_range) = (found[name] for name in ("params", "tokens", "loss"))
+    if N_range[1] > UNDETERMINED * N_range[0]:
+        return (
+            f"not determined: the 95 % interval of N spans more than a factor of {UNDETERMINED:,}. These runs do not "
+            "tell what size is worth beside tokens; they need a wider range of tokens per parameter"
+        )
     measured = 6 * fit.table.array("params") * fit.table.array("tokens")
     beyond = "" if flops <= measured.max() else f" ({flops / measured.max():.3g} x the largest run: extrapolated)"
     return (

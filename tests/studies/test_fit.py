@@ -1,17 +1,21 @@
 """What `fit` says about its own certainty, against planted laws and a budget of time."""
 
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from planted import CHINCHILLA, SMALL, UNEQUAL, Design, ladder, loss, olmo
 
 from megatron_xact.studies import fit as fitting
-from megatron_xact.studies import isoflop, solver
+from megatron_xact.studies import isoflop, solver, words
 from megatron_xact.studies.fit import fit
 from megatron_xact.studies.law import Problem
+from megatron_xact.studies.reading import read
 from megatron_xact.studies.table import Run, Table
 
+ROOT = Path(__file__).parents[2]
 FIVE = Design(tuple(np.geomspace(5e7, 2e9, 5)), (5, 10, 20, 40, 80), 1)
 
 
@@ -74,6 +78,13 @@ def test_the_olmo_ladder_does_not_determine_its_exponents():
     assert systematic == pytest.approx([-0.008, 0.004, -0.005], abs=1e-3)
     low, high = found.profile_interval_of_E()
     assert low < 1.2 and high > 1.95  # the profile says the same as the bootstrap
+
+
+def test_no_optimum_is_told_where_size_is_worth_nothing():
+    tiny = read(ROOT / "tools/results/study_tiny/runs.csv").only("relu2")
+    assert words.optimum(fit(tiny, bootstraps=100), 2e14).startswith("not determined: the 95 % interval of N spans")
+    told = words.optimum(fit(ladder(CHINCHILLA, FIVE, 0.0005, np.random.default_rng(4)), bootstraps=100), 1e21)
+    assert re.match(r"N = \S+B \[", told)
 
 
 def test_seed_noise_of_the_olmo_ladder():

@@ -37,6 +37,18 @@ def test_ratios_of_the_kernels_are_those_of_the_committed_result():
         assert f"| {title} | {row} |" in README
 
 
+def test_the_studys_table_is_that_of_the_committed_report():
+    report = json.loads((ROOT / "tools/results/study_tiny/results.json").read_text())
+    found = {c["other"]: c for c in report["comparisons"]}
+    for title, name in (("ReLU^2", "relu2"), ("xIELU", "xielu"), ("xIPReLU", "xiprelu")):
+        c, m = found[name], found[name]["multiplier"]
+        cells = [f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"]
+        cells += [f"{c['by_size'][size]['value']:.2f}" for size in ("0.3M", "0.5M", "1.2M")]
+        row = " | ".join([title, *cells, f"{c['step_time']['value']:.2f}"])
+        assert f"| {row} |" in README
+        assert c["trends"]["size"]["p"] < 0.03
+
+
 def test_its_files_and_commands_exist():
     for path in re.findall(r"`?((?:launch|tests|tools|configs)/[\w./-]+\.(?:sh|py|toml|json|png))", README):
         assert (ROOT / path).exists(), path
