@@ -167,7 +167,7 @@ def compare(
         clusters=count, clustered_by=clustered_by, multiplier=_estimate(value, distribution, level).exp(),
         p=2 * min(p, 1 - p), difference=_t_interval(differences(pairs), ids, level),
         by_size=_by_size(law, laws, pairs, ids, level), trends=_trends(law, effects, laws, pairs, ids, level),
-        step_time=(time := _step_time(pairs, ids, level)) and time.exp(),
+        step_time=(time := _step_time(pairs, level)) and time.exp(),
         wall_clock=time and _minus(_estimate(value, distribution, level), time).exp(), law=law,
         form=form,
         params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"),
@@ -305,14 +305,13 @@ def _trends(law: Law, effects: Effects, laws: Law, pairs: Pairs, ids: Ids, level
     return found
 
 
-def _step_time(pairs: Pairs, ids: Ids, level: float) -> Estimate | None:
-    """ln of other / baseline over the pairs that measured both."""
-    timed = [i for i, p in enumerate(pairs) if all(r.step_time_s for r in p)]
+def _step_time(pairs: Pairs, level: float) -> Estimate | None:
+    """ln of other / baseline over the pairs that measured both; a size is one measurement, whatever its seeds."""
+    timed = [p for p in pairs if all(r.step_time_s for r in p)]
     if not timed:
         return None
-    those = [pairs[i] for i in timed]
-    ratios = np.log(column_of(those, 1, "step_time_s") / column_of(those, 0, "step_time_s"))
-    return _t_interval(ratios, number(ids[timed].tolist()), level)
+    ratios = np.log(column_of(timed, 1, "step_time_s") / column_of(timed, 0, "step_time_s"))
+    return _t_interval(ratios, number([a.size for a, _ in timed]), level)
 
 
 def _minus(a: Estimate, b: Estimate) -> Estimate:
