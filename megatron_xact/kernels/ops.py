@@ -9,6 +9,8 @@ Autocast changes nothing: the operator runs in the dtype it is given, computes i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from megatron_xact.kernels import reference
 from megatron_xact.kernels.backends import backend_of, select_backend, triton_unavailable_reason
 from megatron_xact.kernels.keys import key_of, record_of
 
-__all__ = ["apply_activation", "select_backend", "triton_unavailable_reason"]
+__all__ = ["apply_activation", "select_backend", "triton_unavailable_reason", "values_of"]
 
 
 def apply_activation(
@@ -58,7 +60,7 @@ _library.define(
 @torch.library.impl(_library, "activation_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, learned: list[Tensor], bias: Tensor | None, scale: Tensor | None, key: str) -> Tensor:
     activation = record_of(key)
-    return backend_of(activation, x).forward(activation, x, _values(activation, learned), bias, scale).contiguous()
+    return backend_of(activation, x).forward(activation, x, values_of(activation, learned), bias, scale).contiguous()
 
 
 @torch.library.impl(_library, "activation_backward", "CompositeExplicitAutograd")
@@ -67,13 +69,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, gradients of the learned parameters [n], of bias, of scale); empty where there is none."""
     activation = record_of(key)
-    result = backend_of(activation, x).backward(activation, x, _values(activation, learned), dy, bias, scale)
+    result = backend_of(activation, x).backward(activation, x, values_of(activation, learned), dy, bias, scale)
     sums = [result.parameters[q.symbol] for q in activation.trainable]
     dp = torch.stack(sums) if sums else x.new_empty(0)
     return result.dx.contiguous(), dp, _like(result.bias, bias, x), _like(result.scale, scale, x)
 
 
-def _values(activation: Activation, learned: list[Tensor]) -> dict[str, Tensor | float]:
+def values_of(activation: Activation, learned: Sequence[Tensor]) -> dict[str, Tensor | float]:
+    """Effective values by symbol, of the learned ones in their order; the others are fixed."""
     values = iter(learned)
     return {q.symbol: next(values) if q.trainable else q.init for q in activation.parameters}
 

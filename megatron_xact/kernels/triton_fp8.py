@@ -23,11 +23,12 @@ from megatron_xact.kernels.triton_launch import (
     constants,
     contiguous,
     device_of,
+    evaluated,
     load_biased,
     load_parameters,
     serves,
     slots,
-    store_partial_sums,
+    store_sums,
 )
 
 __all__ = ["backward", "backward_amax", "forward", "forward_amax", "serves"]
@@ -101,28 +102,11 @@ def _store(
         tl.store(columns_ptr + offset, transposed, mask=in_columns[:, None] & in_rows[None, :])
 
 
-@tl.core.builtin
-def _by_element(function, *args, _semantic=None, _generator=None):
-    """tl.map_elementwise of a function that is a compile-time argument, which Triton does not unwrap."""
-    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=_generator)
-
-
-@triton.jit
-def _evaluate(x, p0, p1, p2, FUNCTION: tl.constexpr, BY_ELEMENT: tl.constexpr):
-    """The device function, element after element: operation after operation, a tile's intermediates fill the registers.
-
-    Triton's interpreter has only the latter.
-    """
-    if BY_ELEMENT:
-        return _by_element(FUNCTION, x, p0, p1, p2)
-    return FUNCTION(x, p0, p1, p2)
-
-
 @triton.jit
 def forward_kernel(
     x_ptr, bias_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
     p0, p1, p2, rows, columns,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y in FP8, and the programs' largest |y| to amax_ptr [programs]; pointers of what is not wanted are None."""
@@ -132,7 +116,7 @@ def forward_kernel(
     width = columns * (2 if GATED else 1)
     x_offset = row[:, None] * width + column[None, :]
     x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
-    y, _, _, _, _ = _evaluate(x, p0, p1, p2, FUNCTION, BY_ELEMENT)
+    y, _, _, _, _ = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
     if GATED:
         y *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column[None, :], mask, columns)
     if bias_ptr is not None:
@@ -150,7 +134,7 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, x_ptr, bias_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
     dbias_ptr, dp_ptr, p0, p1, p2, rows, columns,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx in FP8; and, where their pointers are not None, the programs' largest |dx| and partial sums in fp32:
@@ -175,13 +159,13 @@ def backward_kernel(
         if GATED:
             df *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column[None, :], mask, columns)
         x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
-        _f, slope, d0, d1, d2 = _evaluate(x, p0, p1, p2, FUNCTION, BY_ELEMENT)
+        _f, slope, d0, d1, d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = df * slope
         if dp_ptr is not None:
-            store_partial_sums(dp_ptr, df, d0, d1, d2, LEARNED)
+            store_sums(dp_ptr, tl.program_id(0), tl.num_programs(0), df * d0, df * d1, df * d2, LEARNED)
     else:
         x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
-        f, _slope, _d0, _d1, _d2 = _evaluate(x, p0, p1, p2, FUNCTION, BY_ELEMENT)
+        f, _slope, _d0, _d1, _d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = dy * f
     first_column = half * columns
     if amax_ptr is not None:
@@ -282,7 +266,7 @@ def _launch(activation, x, p, programs, scaling: Scaling | None, dtype, num_warp
         "POWER_OF_TWO": blockwise and scaling.power_of_two,
         "LARGEST": torch.finfo(dtype).max,
         "TILE": BLOCK,
-        "BY_ELEMENT": not triton.knobs.runtime.interpret,
+        "INTERPRETED": triton.knobs.runtime.interpret,
         "num_warps": num_warps,
     }
     amax = None if blockwise else x.new_empty(programs, dtype=torch.float32)

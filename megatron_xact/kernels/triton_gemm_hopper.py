@@ -20,9 +20,8 @@ from megatron_xact.kernels.triton_gemm_parts import (
     place,
     rounded,
     store_bias_sums,
-    store_sums,
 )
-from megatron_xact.kernels.triton_launch import load_parameters
+from megatron_xact.kernels.triton_launch import load_parameters, store_sums
 
 
 @triton.jit

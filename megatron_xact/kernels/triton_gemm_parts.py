@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_xact.kernels.triton_launch import evaluated
+
 # row blocks whose tiles follow each other, so that they share the other operand's columns in the L2 cache
 GROUP = tl.constexpr(8)
 
@@ -65,21 +67,6 @@ def rounded(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
         )
 
 
-@tl.core.builtin
-def _by_element(function, *args, _semantic=None, _generator=None):
-    """tl.map_elementwise of a function that is a compile-time argument, which Triton does not unwrap."""
-    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=_generator)
-
-
-@triton.jit
-def evaluated(x, p0, p1, p2, FUNCTION: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The device function, element after element: operation after operation, intermediates would fill the registers."""
-    if INTERPRETED:
-        return FUNCTION(x, p0, p1, p2, EXACT)
-    else:
-        return _by_element(FUNCTION, x, p0, p1, p2)
-
-
 @triton.jit
 def biased(pre, bias_ptr, column, columns):
     """pre + bias[column] in fp32; bias_ptr may be None."""
@@ -122,18 +109,6 @@ def differentiated(
     if LEARNED & 4:
         s2 = tl.sum(df * d2, 1)
     return y, df * slope, dup, s0, s1, s2
-
-
-@triton.jit
-def store_sums(dp_ptr, tile, tiles, s0, s1, s2, LEARNED: tl.constexpr):
-    """A tile's sums over its rows too, to dp_ptr [learned parameters, tiles]."""
-    dp_ptr += tile
-    if LEARNED & 1:
-        tl.store(dp_ptr, tl.sum(s0))
-    if LEARNED & 2:
-        tl.store(dp_ptr + (LEARNED & 1) * tiles, tl.sum(s1))
-    if LEARNED & 4:
-        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * tiles, tl.sum(s2))
 
 
 @triton.jit

@@ -35,16 +35,31 @@ def load_parameters(p0, p1, p2, LEARNED: tl.constexpr):
     return p0, p1, p2
 
 
+@tl.core.builtin
+def _by_element(function, *args, _semantic=None, _generator=None):
+    """tl.map_elementwise of a function that is a compile-time argument, which Triton does not unwrap."""
+    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=_generator)
+
+
 @triton.jit
-def store_partial_sums(dp_ptr, df, d0, d1, d2, LEARNED: tl.constexpr):
-    """This program's sums of df times a parameter's derivative, to dp_ptr [learned parameters, programs]."""
-    dp_ptr += tl.program_id(0)
+def evaluated(x, p0, p1, p2, FUNCTION: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The device function, element after element: operation after operation, intermediates would fill the registers."""
+    if INTERPRETED:
+        return FUNCTION(x, p0, p1, p2, EXACT)
+    else:
+        return _by_element(FUNCTION, x, p0, p1, p2)
+
+
+@triton.jit
+def store_sums(dp_ptr, place, places, s0, s1, s2, LEARNED: tl.constexpr):
+    """The sums of those of s0, s1 and s2 that are learned, to column `place` of dp_ptr [learned parameters, places]."""
+    dp_ptr += place
     if LEARNED & 1:
-        tl.store(dp_ptr, tl.sum(df * d0))
+        tl.store(dp_ptr, tl.sum(s0))
     if LEARNED & 2:
-        tl.store(dp_ptr + (LEARNED & 1) * tl.num_programs(0), tl.sum(df * d1))
+        tl.store(dp_ptr + (LEARNED & 1) * places, tl.sum(s1))
     if LEARNED & 4:
-        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * tl.num_programs(0), tl.sum(df * d2))
+        tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * places, tl.sum(s2))
 
 
 def serves(activation: Activation, x: Tensor) -> bool:

@@ -29,7 +29,7 @@ from megatron_xact.kernels.triton_launch import (
     load_parameters,
     serves,
     slots,
-    store_partial_sums,
+    store_sums,
 )
 
 __all__ = ["backward", "forward", "serves"]
@@ -120,7 +120,7 @@ def backward_kernel(
         if GATED:
             tl.store(dbias_ptr + dbias_offset + columns, tl.sum(dup, 0)[None, :], mask=column < columns)
     # a tile's padding has dy = 0, so it adds nothing
-    store_partial_sums(dp_ptr, df, d0, d1, d2, LEARNED)
+    store_sums(dp_ptr, tl.program_id(0), tl.num_programs(0), df * d0, df * d1, df * d2, LEARNED)
 
 
 def forward(

@@ -35,6 +35,7 @@ from megatron_xact.activations import Activation
 from megatron_xact.kernels import linear, mlp_choice
 from megatron_xact.kernels.mlp_choice import Choice
 from megatron_xact.kernels.mlp_timing import Shape
+from megatron_xact.kernels.ops import values_of
 
 if TYPE_CHECKING:
     from megatron_xact.layers.mlp import ActivationMLP
@@ -183,10 +184,6 @@ class _Call:
     accumulate: bool  # weight gradients into main_grad
     tell_hooks: Callable[[Tensor, Tensor | None, Tensor], None]
 
-    def values(self, learned: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        tensors = iter(learned)
-        return {q.symbol: next(tensors) if q.trainable else q.init for q in self.activation.parameters}
-
 
 def run(mlp: ActivationMLP, hidden_states: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
     """As ActivationMLP.forward, by this backend of `kernels.linear`."""
@@ -217,7 +214,8 @@ class _FusedMLP(torch.autograd.Function):
         # Not as saved tensors, for the same reason as in Megatron's linears: they are written to in between.
         ctx.main_grads = [getattr(w, "main_grad", None) if call.accumulate else None for w in (w1, w2)]
         whole = _gather(x, call)[0] if call.sequence_parallel else x
-        pre, y = linear.forward(call.backend, call.activation, _rows(whole), w1, call.values(learned), b1)
+        p = values_of(call.activation, learned)
+        pre, y = linear.forward(call.backend, call.activation, _rows(whole), w1, p, b1)
         call.tell_hooks(pre, b1, y)
         ctx.save_for_backward(x, pre, w1, b1, w2, *learned)
         return (y @ w2.T).view(*whole.shape[:-1], -1)
@@ -232,7 +230,7 @@ class _FusedMLP(torch.autograd.Function):
         # collective is queued before the kernels that are to run beside it.
         whole, gathering = _gather(x, call, async_op=True) if call.sequence_parallel else (x, None)
         dout = _rows(dout)
-        back = linear.backward(call.backend, call.activation, dout, w2, pre, call.values(learned), b1)
+        back = linear.backward(call.backend, call.activation, dout, w2, pre, values_of(call.activation, learned), b1)
         dpre, dp, db1 = back.dpre_MW, back.parameters, back.bias
         dw2 = _weight_gradient(w2, ctx.main_grads[1], back.y_MF, dout, call)
         del back  # y, as wide as dpre

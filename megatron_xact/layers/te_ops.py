@@ -50,6 +50,7 @@ from transformer_engine.pytorch.utils import clear_tensor_data, is_non_tn_fp8_ge
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Grads, Values
 from megatron_xact.kernels import backends, fp8, linear
+from megatron_xact.kernels.ops import values_of
 from megatron_xact.layers.activation import TrainableActivation
 from megatron_xact.layers.tensor_parallel import sum_gradients_over_tensor_parallel
 
@@ -475,7 +476,7 @@ class _ToQuantized(torch.autograd.Function):
     def forward(ctx, x, bias, activation: Activation, quantizer: Quantizer, transposed: bool, *learned):
         ctx.activation = activation
         ctx.save_for_backward(x, bias, *learned)
-        p = _values(activation, learned)
+        p = values_of(activation, learned)
         return quantized_forward(
             activation, x.contiguous(), p, quantizer, bias=bias, rows=True, columns=transposed, internal=False
         )
@@ -485,16 +486,11 @@ class _ToQuantized(torch.autograd.Function):
     def backward(ctx, dy):
         x, bias, *learned = ctx.saved_tensors
         dy = maybe_dequantize(dy, x.dtype)
-        p = _values(ctx.activation, learned)
+        p = values_of(ctx.activation, learned)
         back = backends.backend_of(ctx.activation, x).backward(ctx.activation, x, p, dy, bias)
         sums = (back.parameters[q.symbol].reshape(1) for q in ctx.activation.trainable)
         dbias = None if bias is None else back.bias.to(bias.dtype)
         return back.dx, dbias, None, None, None, *sums
-
-
-def _values(activation: Activation, learned: tuple[Tensor, ...] | list[Tensor]) -> Values:
-    values = iter(learned)
-    return {q.symbol: next(values) if q.trainable else q.init for q in activation.parameters}
 
 
 def _input_quantizer(follower: te.Linear) -> Quantizer | None:
