@@ -6,6 +6,7 @@ no packed or fine-tuning sequences, no distillation, no multi-token prediction.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 
@@ -96,6 +97,7 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
     Of the dataloader-type "external", which is DALI here, iterators over their batches.
     """
     args = get_args()
+    args.consumed_valid_samples = _validated_until(args)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -131,6 +133,16 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
 
         return dali.loaders(datasets, args)
     return datasets
+
+
+def _validated_until(args: Namespace) -> int:
+    """The validation samples that a run with these settings has used when it comes to this step.
+
+    Megatron goes on from the number in the checkpoint. After an evaluation that a signal ended, or with evaluations of
+    another length or interval, that would be other samples than the uninterrupted run's, or more than there are.
+    """
+    evaluations = args.iteration // args.eval_interval - (args.start_eval_at_iter or 0) // args.eval_interval
+    return max(0, evaluations) * args.eval_iters * args.eval_global_batch_size
 
 
 # Every rank calls the provider: the builder decides from `consumed_here` who opens files.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import MARKS, ROOT, STEPS, TP2, Trainings, trainings
+from training import MARKS, ROOT, STEPS, TP2, Run, Trainings, trainings
 
 from megatron_xact.pretraining import exits
 from megatron_xact.pretraining.launchers import Plan, free_port
@@ -172,6 +172,9 @@ def test_faults_that_a_rank_meets_by_itself(runs, tmp_path):
     lives[0].kill()
     ranks.run(*words(runs, run, *TP2), ranks=2)
     assert losses(run) == runs["tp2"].losses
+    # Nor do the evaluations that were broken off, or were of another length, change what later ones are made of.
+    validation, theirs = (each.scalars("lm loss validation") for each in (Run(run, 0, ""), runs["tp2"]))
+    assert {step: validation[step] for step in theirs} == theirs and set(theirs) == {6, 12}
 
     diverged = tmp_path / "diverged"
     said = ranks.run(*words(runs, diverged, "--lr", "1e30", "--save-interval", "1"), code=exits.NAN)
