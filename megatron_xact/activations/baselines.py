@@ -30,6 +30,15 @@ class SquaredReLU:
         return 2.0 * torch.relu(x), {}
 
 
+@dataclass(frozen=True)
+class Identity:
+    def value(self, x: Tensor, p: Values) -> Tensor:
+        return x
+
+    def slopes(self, x: Tensor, p: Values) -> tuple[Tensor, Grads]:
+        return torch.ones_like(x), {}
+
+
 def normal_tanh(x: Tensor) -> Tensor:
     """(1 + tanh u) / 2 = sigmoid(2u), which does not cancel for negative x."""
     return torch.sigmoid(_two_u(x))
@@ -50,6 +59,9 @@ SILU = SelfGated(sigmoid, dsigmoid)
 GELU = SelfGated(normal, dnormal)
 GELU_PAPER = "Hendrycks & Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415"
 GLU_PAPER = "Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202"
+
+# No activation to train with, so not among the records: with it, a kernel around an activation does the rest alone.
+IDENTITY = Activation("identity", "x", "", Identity())
 
 RECORDS = (
     Activation(

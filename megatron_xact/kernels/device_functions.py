@@ -19,6 +19,7 @@ import triton.language as tl
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.activations.baselines import IDENTITY
 
 MAX_PARAMETERS = 3
 
@@ -276,6 +277,11 @@ def expanded_arctan(x, a, unused, unused_too, EXACT: tl.constexpr = False):
 
 
 @triton.jit
+def identity(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
+    return x, x * 0.0 + 1.0, x, x, x
+
+
+@triton.jit
 def rectified(x, unused, unused_too, unused_either, EXACT: tl.constexpr = False):
     return relu(x), tl.where(x > 0.0, 1.0, 0.0), x, x, x
 
@@ -331,7 +337,7 @@ _BY_MATHS = {
         "gelu": gelu,
         "gelu_tanh": gelu_tanh,
     }.items()
-}
+} | {IDENTITY.maths: identity}
 
 
 def device_function(activation: Activation) -> triton.JITFunction | None:

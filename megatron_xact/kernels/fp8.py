@@ -7,6 +7,7 @@ weight gradients need the transposed copy), or both; layouts and factors are tho
 
 Values are rounded once, from fp32 to FP8, where bf16 in between would round twice. Current scaling, whose factor
 depends on the amax of the same tensor, is a pass for the amax and one to quantize: `forward_amax`, `factor`, `forward`.
+The same kernels quantize what is no activation's output: `cast`.
 
 Shape suffixes: R = rows (tokens), C = columns, B = blocks of 128.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
+from megatron_xact.activations.baselines import IDENTITY
 from megatron_xact.activations.record import Grads, Values
 from megatron_xact.kernels import reference
 from megatron_xact.kernels.backends import triton_unavailable_reason
@@ -80,15 +82,24 @@ def forward(
     rows: bool = True,
     columns: bool = True,
     bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
 ) -> Quantized:
     """y = activation(x + bias) in FP8. x: [..., C] (gated: [..., 2C]); all but its last dimension are rows.
 
+    multiplier: [C] fp32, of y's columns before anything is quantized; what is quantized, and amax, are the products.
     ValueError: dtype is no FP8, x has no rows, or neither rows nor columns are wanted.
     """
     _check(x, dtype, rows or columns)
     if triton := _triton_for(activation, x):
-        return triton.forward(activation, x, p, scaling, dtype, rows, columns, bias)
-    return quantize(reference.forward(activation, _wide(x), p, bias), scaling, dtype, rows, columns)
+        return triton.forward(activation, x, p, scaling, dtype, rows, columns, bias, multiplier)
+    y = reference.forward(activation, _wide(x), p, bias)
+    return quantize(y if multiplier is None else y * multiplier, scaling, dtype, rows, columns)
+
+
+def cast(value: Tensor, scaling: Scaling, dtype: torch.dtype, *, rows: bool = True, columns: bool = True,
+         multiplier: Tensor | None = None) -> Quantized:  # fmt: skip
+    """A tensor [..., C] in FP8, as `forward` of the identity."""
+    return forward(IDENTITY, value, {}, scaling, dtype, rows=rows, columns=columns, multiplier=multiplier)
 
 
 def backward(
@@ -113,11 +124,19 @@ def backward(
     return QuantizedBackward(quantize(exact.dx, scaling, dtype, rows, columns), exact.parameters, exact.bias)
 
 
-def forward_amax(activation: Activation, x: Tensor, p: Values, bias: Tensor | None = None) -> Tensor:
-    """The largest |y| as (1,) fp32, reading x and writing nothing else."""
+def forward_amax(
+    activation: Activation, x: Tensor, p: Values, bias: Tensor | None = None, by_column: bool = False
+) -> Tensor:
+    """The largest |y| as (1,) fp32, or of every column as [C], reading x and writing nothing else."""
     if triton := _triton_for(activation, x):
-        return triton.forward_amax(activation, x, p, bias)
-    return _amax(reference.forward(activation, _wide(x), p, bias))
+        return triton.forward_amax(activation, x, p, bias, by_column)
+    y = reference.forward(activation, _wide(x), p, bias)
+    return y.reshape(-1, y.shape[-1]).abs().amax(0).float() if by_column else _amax(y)
+
+
+def amax(value: Tensor, by_column: bool = False) -> Tensor:
+    """The largest magnitude, as `forward_amax` of the identity."""
+    return forward_amax(IDENTITY, value, {}, by_column=by_column)
 
 
 def backward_amax(activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -190,7 +209,7 @@ def _check(x: Tensor, dtype: torch.dtype, anything: bool) -> None:
 
 def _triton_for(activation: Activation, x: Tensor):
     """The module of the kernels, where they can run; else None."""
-    if not x.is_cuda or triton_unavailable_reason() or not _gpu_has_fp8(x.device):
+    if not x.is_cuda or triton_unavailable_reason() or not gpu_has_fp8(x.device):
         return None
     from megatron_xact.kernels import triton_fp8
 
@@ -198,5 +217,6 @@ def _triton_for(activation: Activation, x: Tensor):
 
 
 @functools.cache
-def _gpu_has_fp8(device: torch.device) -> bool:
+def gpu_has_fp8(device: torch.device) -> bool:
+    """Has it FP8 conversions and tensor cores: Ada, Hopper or newer?"""
     return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -27,7 +27,8 @@ from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.keys import key_of
 from megatron_xact.kernels.mlp_timing import Shape, measure
 
-CHOICES = ("auto", linear.UNFUSED, *linear.BACKENDS)
+FP8 = "fp8"  # other numbers, not another way to the same ones: never chosen for its speed
+CHOICES = ("auto", linear.UNFUSED, *linear.BACKENDS, FP8)
 Measure = Callable[[Activation, Shape, torch.device, Sequence[str]], tuple[dict[str, float], dict[str, str]]]
 _selected = linear.UNFUSED
 
@@ -45,7 +46,9 @@ _made: dict[str, Choice] = {}  # by key; in this process
 
 
 def select_mlp(name: str) -> None:
-    """For the whole process: "auto" (the fastest, measured), "unfused", or one of `linear.BACKENDS` (that or an error).
+    """For the whole process: "auto" (the fastest, measured), "unfused", one of `linear.BACKENDS`, or FP8.
+
+    A backend or FP8 that is named is used, or there is an error.
 
     ValueError for another name. Whether a named backend can run is for who knows the model to ask, before training.
     """

@@ -104,12 +104,15 @@ def _store(
 
 @triton.jit
 def forward_kernel(
-    x_ptr, bias_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
-    p0, p1, p2, rows, columns,
+    x_ptr, bias_ptr, multiplier_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
+    column_amax_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y in FP8, and the programs' largest |y| to amax_ptr [programs]; pointers of what is not wanted are None."""
+    """y in FP8, and the programs' largest |y|; pointers of what is not wanted are None.
+
+    amax_ptr [programs]: of their tiles; column_amax_ptr [row blocks, C]: of their columns.
+    """
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row, column, row_block, column_block = _positions(tl.program_id(0), columns, TILE)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -121,8 +124,13 @@ def forward_kernel(
         y *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column[None, :], mask, columns)
     if bias_ptr is not None:
         y = tl.where(mask, y, 0.0)  # every activation of 0 is 0, of a bias in a tile's padding it is not
+    if multiplier_ptr is not None:
+        y *= tl.load(multiplier_ptr + column, mask=column < columns, other=0.0)[None, :]
     if amax_ptr is not None:
         tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(y), 1), 0))
+    if column_amax_ptr is not None:
+        column_amax_place = row_block.to(tl.int64) * columns + column
+        tl.store(column_amax_ptr + column_amax_place, tl.max(tl.abs(y), 0), mask=column < columns)
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
@@ -182,12 +190,12 @@ def backward_kernel(
 
 def forward(
     activation: Activation, x: Tensor, p: Values, scaling: Scaling, dtype: torch.dtype, rows: bool, columns: bool,
-    bias: Tensor | None,
+    bias: Tensor | None, multiplier: Tensor | None,
 ) -> Quantized:  # fmt: skip
     """As `fp8.forward`."""
     x, num_rows, num_columns = _matrix(activation, x)
     y = _empty(num_rows, num_columns, x, scaling, dtype, rows, columns)
-    amax = _launch_forward(activation, x, p, bias, y, scaling, dtype)
+    amax = _launch_forward(activation, x, p, bias, y, scaling, dtype, multiplier)
     return y if amax is None else _with_amax(y, amax)
 
 
@@ -211,10 +219,14 @@ def backward(
     )
 
 
-def forward_amax(activation: Activation, x: Tensor, p: Values, bias: Tensor | None) -> Tensor:
+def forward_amax(activation: Activation, x: Tensor, p: Values, bias: Tensor | None, by_column: bool) -> Tensor:
     """As `fp8.forward_amax`."""
-    x, _, _ = _matrix(activation, x)
-    return _largest(_launch_forward(activation, x, p, bias, NOTHING, None, torch.float8_e4m3fn))
+    x, num_rows, num_columns = _matrix(activation, x)
+    if not by_column:
+        return _largest(_launch_forward(activation, x, p, bias, NOTHING, None, torch.float8_e4m3fn))
+    partials = x.new_empty(triton.cdiv(num_rows, BLOCK), num_columns, dtype=torch.float32)
+    _launch_forward(activation, x, p, bias, NOTHING, None, torch.float8_e4m3fn, column_amax=partials)
+    return partials.amax(0)
 
 
 def backward_amax(activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None) -> Tensor:
@@ -226,16 +238,18 @@ def backward_amax(activation: Activation, x: Tensor, p: Values, dy: Tensor, bias
 NOTHING = Quantized(None, None, None, None)
 
 
-def _launch_forward(activation, x, p, bias, y: Quantized, scaling: Scaling | None, dtype) -> Tensor | None:
-    """Fills y; the programs' largest |y| where the scaling is not blockwise."""
+def _launch_forward(
+    activation, x, p, bias, y: Quantized, scaling: Scaling | None, dtype, multiplier=None, column_amax=None
+) -> Tensor | None:
+    """Fills y and column_amax; the programs' largest |y| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
     grid, amax, scale, options = _launch(activation, x, p, _programs(rows, columns), scaling, dtype)
     options["maxnreg"] = MAX_REGISTERS_OF_FORWARD
     if x.numel():
         with device_of(x):
             forward_kernel[grid](
-                x, contiguous(bias), y.rows_RC, y.columns_CR, *_scales(y, scaling), scale, amax,
-                *slots(activation, p), rows, columns, **options,
+                x, contiguous(bias), contiguous(multiplier), y.rows_RC, y.columns_CR, *_scales(y, scaling), scale,
+                amax, column_amax, *slots(activation, p), rows, columns, **options,
             )  # fmt: skip
     return amax
 

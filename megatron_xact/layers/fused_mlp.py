@@ -13,18 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.utils import print_rank_0
 from torch import Tensor
@@ -33,9 +28,11 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import linear, mlp_choice
-from megatron_xact.kernels.mlp_choice import Choice
+from megatron_xact.kernels.mlp_choice import FP8, Choice
 from megatron_xact.kernels.mlp_timing import Shape
 from megatron_xact.kernels.ops import values_of
+from megatron_xact.layers import fp8_mlp, parallel_linear
+from megatron_xact.layers.parallel_linear import Call, added_to_main_grad, rows_of
 
 if TYPE_CHECKING:
     from megatron_xact.layers.mlp import ActivationMLP
@@ -48,51 +45,59 @@ _DDP = "megatron.core.distributed.distributed_data_parallel"
 def select(name: str, activation: Activation, config: TransformerConfig) -> None:
     """`[xact] mlp` for the whole process, before the model is built.
 
-    ValueError: a fused backend is named that cannot run here, or that this model's layers cannot use.
+    ValueError: one is named that cannot run here, or that this model's layers cannot use.
     """
     mlp_choice.select_mlp(name)
-    if name in linear.BACKENDS:
+    if name in (FP8, *linear.BACKENDS):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reasons = mlp_choice.unavailable_reasons(activation, config.params_dtype, device)
-        if reason := _unfit_config(config) or reasons.get(name):
-            raise ValueError(f"mlp = {name!r} in [xact] cannot run here: {reason}; use 'auto' or 'unfused'")
+        if reason := unfit_config(config, name) or reasons.get(name):
+            raise ValueError(_cannot(name, reason))
 
 
 def backend_for(mlp: ActivationMLP, hidden_states: Tensor) -> str | None:
-    """The fused backend of this call; None: Megatron's own linears.
+    """The fused backend of this call, or "fp8"; None: Megatron's own linears.
 
     It is decided at a layer's first forward pass in training, which all ranks of its tensor-parallel group make
-    together, and stays: other numbers of tokens, as in evaluation, go the same way. A call to a layer with hooks that
-    must see what fusion does not make takes Megatron's.
+    together, and stays: other numbers of tokens, as in evaluation, go the same way. (FP8 is no matter of speed: also
+    a run that only evaluates has it.) A call to a layer with hooks that must see what fusion does not make takes
+    Megatron's.
     """
-    if mlp.way is None and mlp.training:
-        mlp.way = _decide(mlp, hidden_states)
+    if mlp.way is None and (mlp.training or mlp_choice.selected() == FP8):
+        mlp.way = decide(mlp, hidden_states, unfit(mlp))
     if mlp.way in (None, linear.UNFUSED) or _hooked(mlp):
         return None
     return mlp.way
 
 
-def _decide(mlp: ActivationMLP, hidden_states: Tensor) -> str:
-    named = mlp_choice.selected() if mlp_choice.selected() in linear.BACKENDS else None
+def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> str:
+    """The way of this layer, one of WAYS or "fp8", the same on every rank of its tensor-parallel group, all of which
+    call this together. unfit_: why it cannot be fused, or None.
+
+    ValueError: a way that cannot be gone is named in [xact].
+    """
+    named = mlp_choice.selected() if mlp_choice.selected() in (FP8, *linear.BACKENDS) else None
     if mlp_choice.selected() == linear.UNFUSED:
         return linear.UNFUSED
+    if named == FP8 and is_first_last_bf16_layer(mlp.config, mlp.layer_number - 1):
+        return _said(linear.UNFUSED, f"layer {mlp.layer_number} is kept out of FP8")
     activation, device = mlp.activation_func.activation, hidden_states.device
-    reasons = mlp_choice.unavailable_reasons(activation, hidden_states.dtype, device)
-    unfit_ = unfit(mlp)
+    weight_1, weight_2, bias = mlp.linear_fc1.weight, mlp.linear_fc2.weight, mlp.linear_fc1.bias
+    reasons = mlp_choice.unavailable_reasons(activation, weight_1.dtype, device)
     if named and (reason := unfit_ or reasons.get(named)):
-        raise ValueError(f"mlp = {named!r} in [xact] cannot run here: {reason}; use 'auto' or 'unfused'")
+        raise ValueError(_cannot(named, reason))
     if named:
         return _said(named, "it is named in [xact]")
-    if unfit_ or device.type != "cuda":
-        return _said(linear.UNFUSED, unfit_ or "fused kernels need a GPU")
+    if unfit_:
+        return _said(linear.UNFUSED, unfit_)
     if torch.cuda.is_current_stream_capturing():
         return _said(linear.UNFUSED, "its first step is captured in a CUDA graph, where nothing can be measured")
     shape = Shape(
         tokens=hidden_states.shape[:-1].numel() * (mlp.tp_group.size() if mlp.linear_fc1.sequence_parallel else 1),
         hidden=hidden_states.shape[-1],
-        ffn=mlp.linear_fc2.input_size_per_partition,
-        dtype=hidden_states.dtype,
-        bias=mlp.linear_fc1.bias is not None,
+        ffn=weight_2.shape[1],
+        dtype=weight_1.dtype,
+        bias=bias is not None and bias.numel() > 0,  # TransformerEngine's layers without one have an empty one
     )
     here = [backend for backend in linear.BACKENDS if backend not in reasons]
     found = agree(mlp.tp_group, device, here, lambda among: mlp_choice.choose(activation, shape, device, among))
@@ -125,6 +130,11 @@ def agree(
     return WAYS[index.item()], choice
 
 
+def _cannot(name: str, reason: str) -> str:
+    others = "'unfused'" if name == FP8 else "'auto' or 'unfused'"
+    return f"mlp = {name!r} in [xact] cannot run here: {reason}; use {others}"
+
+
 @functools.cache  # once, however many layers say the same
 def _said(way: str, reason: str) -> str:
     print_rank_0(f"> megatron-xact: MLP {way}: {reason}")
@@ -137,7 +147,7 @@ def unfit(mlp: ActivationMLP) -> str | None:
     fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
     if type(fc1) is not ColumnParallelLinear or type(fc2) is not RowParallelLinear:
         return f"its linears are {type(fc1).__name__} and {type(fc2).__name__}, not Megatron's own"
-    if reason := _unfit_config(mlp.config) or _hooked(mlp):
+    if reason := unfit_config(mlp.config) or _hooked(mlp):
         return reason
     if not (fc1.weight.requires_grad and fc2.weight.requires_grad):
         return "a weight is frozen"
@@ -148,9 +158,12 @@ def unfit(mlp: ActivationMLP) -> str | None:
     return None
 
 
-def _unfit_config(config: TransformerConfig) -> str | None:
-    """The same, of what the model's config already tells."""
-    if config.transformer_impl == "transformer_engine" and HAVE_TE and not config.use_transformer_engine_op_fuser:
+def unfit_config(config: TransformerConfig, name: str | None = None) -> str | None:
+    """The same, of what the model's config already tells; name: the way it is about, if it is a certain one."""
+    uses_te = config.transformer_impl == "transformer_engine" and HAVE_TE
+    if uses_te and name == FP8:
+        return "TransformerEngine's layers have FP8 of their own: set fp8-format, or transformer-impl 'local'"
+    if uses_te and not config.use_transformer_engine_op_fuser:
         return "TransformerEngine's modules cannot be: set use-transformer-engine-op-fuser, or transformer-impl 'local'"
     for name in ("fp8", "fp4", "tp_comm_overlap", "cpu_offloading", "enable_autocast", "use_kitchen"):
         if getattr(config, name):
@@ -173,49 +186,23 @@ def _hooked(mlp: ActivationMLP) -> str | None:
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Call:
-    """What both directions need beside tensors."""
-
-    backend: str
-    activation: Activation
-    group: ProcessGroup
-    sequence_parallel: bool
-    accumulate: bool  # weight gradients into main_grad
-    tell_hooks: Callable[[Tensor, Tensor | None, Tensor], None]
-
-
-def run(mlp: ActivationMLP, hidden_states: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
-    """As ActivationMLP.forward, by this backend of `kernels.linear`."""
-    fc1, activation_func, fc2 = mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2
-    for module in (fc1, activation_func, fc2):
-        for hook in module._forward_pre_hooks.values():  # DDP's, see _hooked
-            hook(module, ())
-    p = activation_func.differentiable_values()
-    activation = activation_func.activation
-    call = _Call(
-        backend, activation, mlp.tp_group, fc1.sequence_parallel, fc1.gradient_accumulation_fusion,
-        activation_func.tell_hooks,
-    )  # fmt: skip
-    learned = [p[q.symbol] for q in activation.trainable]
-    out = _FusedMLP.apply(hidden_states, fc1.weight, fc1.bias, fc2.weight, call, *learned)
-    if fc2.sequence_parallel:
-        return reduce_scatter_to_sequence_parallel_region(out, group=mlp.tp_group), fc2.bias
-    return reduce_from_tensor_model_parallel_region(out, group=mlp.tp_group), fc2.bias
+def run(mlp: ActivationMLP, hidden_states: Tensor, way: str) -> tuple[Tensor, Tensor | None]:
+    """As ActivationMLP.forward, this way: "fp8", or a backend of `kernels.linear`."""
+    function = fp8_mlp.function() if way == FP8 else functools.partial(_FusedMLP.apply, way)
+    return parallel_linear.run(mlp, hidden_states, function)
 
 
 class _FusedMLP(torch.autograd.Function):
-    """x [s, b, h] ([s/tp, b, h] under sequence parallelism) -> this rank's part of fc2's sum over ranks, [s, b, h]."""
+    """A `parallel_linear.Function`, by a backend of `kernels.linear`."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, x, w1, b1, w2, call, *learned):
-        ctx.call = call
-        # Not as saved tensors, for the same reason as in Megatron's linears: they are written to in between.
-        ctx.main_grads = [getattr(w, "main_grad", None) if call.accumulate else None for w in (w1, w2)]
-        whole = _gather(x, call)[0] if call.sequence_parallel else x
+    def forward(ctx, backend, x, w1, b1, w2, call, *learned):
+        ctx.backend, ctx.call = backend, call
+        ctx.main_grads = call.main_grads(w1, w2)
+        whole = call.gather(x)
         p = values_of(call.activation, learned)
-        pre, y = linear.forward(call.backend, call.activation, _rows(whole), w1, p, b1)
+        pre, y = linear.forward(backend, call.activation, rows_of(whole), w1, p, b1)
         call.tell_hooks(pre, b1, y)
         ctx.save_for_backward(x, pre, w1, b1, w2, *learned)
         return (y @ w2.T).view(*whole.shape[:-1], -1)
@@ -226,11 +213,9 @@ class _FusedMLP(torch.autograd.Function):
     def backward(ctx, dout):
         x, pre, w1, b1, w2, *learned = ctx.saved_tensors
         call = ctx.call
-        # The order of what is started here relies on CUDA_DEVICE_MAX_CONNECTIONS=1, as Megatron's linears do: a
-        # collective is queued before the kernels that are to run beside it.
-        whole, gathering = _gather(x, call, async_op=True) if call.sequence_parallel else (x, None)
-        dout = _rows(dout)
-        back = linear.backward(call.backend, call.activation, dout, w2, pre, values_of(call.activation, learned), b1)
+        whole, gathering = call.start_gathering(x)
+        dout = rows_of(dout)
+        back = linear.backward(ctx.backend, call.activation, dout, w2, pre, values_of(call.activation, learned), b1)
         dpre, dp, db1 = back.dpre_MW, back.parameters, back.bias
         dw2 = _weight_gradient(w2, ctx.main_grads[1], back.y_MF, dout, call)
         del back  # y, as wide as dpre
@@ -238,43 +223,17 @@ class _FusedMLP(torch.autograd.Function):
         dx = (dpre @ w1).view(*whole.shape[:-1], -1)
         if gathering is not None:
             gathering.wait()
-        dx, reducing = _start_reduction(dx, x, call)
-        dw1 = _weight_gradient(w1, ctx.main_grads[0], _rows(whole), dpre, call)
+        dx, reducing = call.start_reduction(dx, x)
+        dw1 = _weight_gradient(w1, ctx.main_grads[0], rows_of(whole), dpre, call)
         if reducing is not None:
             reducing.wait()
-        db1 = None if b1 is None else db1.to(b1.dtype)
-        symbols = [q.symbol for q in call.activation.trainable]
-        dlearned = [dp[symbol].reshape(t.shape).to(t.dtype) for symbol, t in zip(symbols, learned, strict=True)]
-        return dx, dw1, db1, dw2, None, *dlearned
+        return None, dx, dw1, None if b1 is None else db1.to(b1.dtype), dw2, None, *call.of_learned(dp, learned)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
-
-
-def _gather(x: Tensor, call: _Call, async_op: bool = False):
-    """(the whole sequence, in Megatron's buffer, which the next to gather one overwrites; the work if asynchronous)"""
-    size = [x.shape[0] * call.group.size(), *x.shape[1:]]
-    whole = get_global_memory_buffer().get_tensor(size, x.dtype, "mpu")
-    work = torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=call.group, async_op=async_op)
-    return whole, work
-
-
-def _start_reduction(dx: Tensor, x: Tensor, call: _Call):
-    """(x's gradient once the work is done, that work): the sum over ranks, or this rank's part of it."""
-    if call.sequence_parallel:
-        local = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return local, torch.distributed.reduce_scatter_tensor(local, dx, group=call.group, async_op=True)
-    if call.group.size() > 1:
-        return dx, torch.distributed.all_reduce(dx, group=call.group, async_op=True)
-    return dx, None
-
-
-def _weight_gradient(weight: Tensor, main_grad: Tensor | None, x: Tensor, dy: Tensor, call: _Call) -> Tensor | None:
+def _weight_gradient(weight: Tensor, main_grad: Tensor | None, x: Tensor, dy: Tensor, call: Call) -> Tensor | None:
     """dy^T x; or, added into main_grad by Megatron's kernel, what Megatron's hooks expect in its place."""
     if not call.accumulate:
         return dy.T @ x
-    weight.main_grad = main_grad
     kernels = megatron_layers.fused_weight_gradient_mlp_cuda
     if main_grad.dtype == torch.float32:
         kernels.wgrad_gemm_accum_fp32(x, dy, main_grad)
@@ -282,12 +241,4 @@ def _weight_gradient(weight: Tensor, main_grad: Tensor | None, x: Tensor, dy: Te
         kernels.wgrad_gemm_accum_fp16(x, dy, main_grad)
     else:
         raise RuntimeError(f"gradients in {main_grad.dtype} cannot be accumulated by Megatron's kernel")
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    # DDP's hook runs on the main backward thread only if there is a gradient; what is in this one is not looked at,
-    # unless zero_out_wgrad says that somebody will add it.
-    weight.grad_added_to_main_grad = True
-    zero = getattr(weight, "zero_out_wgrad", False)
-    if megatron_layers.HAVE_TE:
-        return megatron_layers.get_dummy_wgrad(list(main_grad.shape), x.dtype, zero=zero)
-    return (torch.zeros if zero else torch.empty)(main_grad.shape, dtype=x.dtype, device=x.device)
+    return added_to_main_grad(weight, main_grad, x.dtype)

@@ -31,7 +31,12 @@ class ActivationMLP(MLP):
             )
         super().__init__(config, submodules, *args, **kwargs)
         self.activation_func = TrainableActivation(activation, self.tp_group)
-        self.way: str | None = None  # of fused_mlp.WAYS, once it is decided
+        self.way: str | None = None  # "fp8" or one of fused_mlp.WAYS, once it is decided
+        self.layer_number = 0
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """In the whole model, from 1; Megatron's layer tells it, since some of its MLPs ask."""
+        self.layer_number = layer_number
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs

@@ -53,7 +53,8 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     _parallel(args, world_size)
     _data(args)
     _loader(config.xact.loader)
-    _mlp(config.xact.mlp)
+    _mlp(config.mlp)
+    _fp8(args, config)
     _tokenizer(args)
     if config.xact.engine == "deepspeed":
         _deepspeed(args, config)
@@ -209,6 +210,27 @@ def _mlp(mlp: str) -> None:
                          "leave mlp out")  # fmt: skip
 
 
+def _fp8(args: Namespace, config: RunConfig) -> None:
+    if config.fp8.enabled and config.fp8.smooth and config.mlp != "fp8":
+        raise ValueError(
+            f"smooth = true in [fp8] needs mlp = 'fp8' in [xact], not {config.mlp!r}: it changes fc2's weight before "
+            "that is quantized, which TransformerEngine does itself"
+        )
+    if config.mlp != "fp8":
+        return
+    if config.megatron.get("fp8-format"):
+        raise ValueError(
+            f"mlp = 'fp8' in [xact] and fp8-format = {args.fp8!r} are two ways to compute in FP8, the second "
+            "TransformerEngine's: leave one of them out"
+        )
+    kept = args.num_layers_at_start_in_bf16 + args.num_layers_at_end_in_bf16
+    if args.first_last_layers_bf16 and kept >= args.num_layers:
+        raise ValueError(
+            f"first-last-layers-bf16 keeps {kept} layers out of FP8, of num-layers = {args.num_layers}: none is left; "
+            "lower num-layers-at-start-in-bf16 or num-layers-at-end-in-bf16"
+        )
+
+
 def _prefixes(blend: list[str]) -> list[str]:
     """The names in a blend: a list of names, or of weight, name, weight, name, ..."""
     weights, names = blend[::2], blend[1::2]
@@ -258,6 +280,8 @@ def _deepspeed(args: Namespace, config: RunConfig) -> None:
                        ("ckpt-format", "torch_dist"), ("transformer-impl", "local")):  # fmt: skip
         if config.megatron.get(key, value) != value:
             raise ValueError(f'engine = "deepspeed" in [xact] needs {key} = {value!r}, not {config.megatron[key]!r}')
+    if config.mlp == "fp8":
+        raise ValueError('engine = "deepspeed" in [xact] does not go with mlp = "fp8"')
     if args.sequence_parallel and args.tensor_model_parallel_size > 1:
         raise ValueError('engine = "deepspeed" in [xact] does not go with sequence-parallel = True at tensor sizes > 1')
     if config.deepspeed.offload_parameters and config.deepspeed.zero_stage != 3:

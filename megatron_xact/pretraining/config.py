@@ -13,7 +13,7 @@
     [xact]                           # see XactConfig
     guard-interval = 100
 
-    [launch]                         # see LaunchConfig
+    [launch]                         # see LaunchConfig; and [fp8], [deepspeed]
     hang-timeout = 1800
 
 Instead of passing unknown or ill-typed keys on, every key is checked against Megatron's own parser; errors
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import backends, mlp_choice
+from megatron_xact.kernels import backends, linear, mlp_choice
 from megatron_xact.pretraining import arguments, signals
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
@@ -38,6 +38,7 @@ __all__ = [
     "ActivationConfig",
     "BranchConfig",
     "DeepSpeedConfig",
+    "FP8Config",
     "LaunchConfig",
     "RunConfig",
     "XactConfig",
@@ -98,7 +99,7 @@ class XactConfig:
     mlp: str = "unfused"
     """Activations inside the MLP's GEMMs: "auto" (where measured to be faster), "unfused", or "triton" or "quack".
 
-    Not "auto" by default as long as the fused kernels have not run on a GPU.
+    Not "auto" by default as long as the fused kernels have not run on a GPU. Or "fp8": its products in FP8, see [fp8].
     """
     engine: str = "megatron"
     """What shards optimizer states and parameters over data-parallel ranks: "megatron", or "deepspeed" (its ZeRO)."""
@@ -131,6 +132,16 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class FP8Config:
+    """[fp8]: experimental, whether by Megatron's fp8-format (TransformerEngine) or by mlp = "fp8" in [xact]."""
+
+    enabled: bool = True
+    """false: none of it, whatever the config asks for. The same run in BF16, for a pair or as a way out."""
+    smooth: bool = False
+    """With mlp = "fp8": one factor per channel before the cast of fc2's input, and its inverse in fc2's weight."""
+
+
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     """[deepspeed], with engine = "deepspeed" in [xact]."""
 
@@ -159,13 +170,16 @@ class BranchConfig:
         return (Path(self.trunk), self.step) if self.trunk else None
 
 
-OURS = {"xact": XactConfig, "launch": LaunchConfig, "deepspeed": DeepSpeedConfig, "branch": BranchConfig}
+OURS = {"xact": XactConfig, "launch": LaunchConfig, "fp8": FP8Config, "deepspeed": DeepSpeedConfig,
+        "branch": BranchConfig}  # fmt: skip
 AFTER = ("restart", "stop")
 CHOICES = {"kernels": backends.CHOICES, "signal": signals.CHOICES, "on_failure": AFTER, "on_nan": AFTER}
 CHOICES |= {"mlp": mlp_choice.CHOICES, "loader": ("megatron", "dali")}
 CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3)}
 # Megatron's sharding of the optimizer, which one config may ask for while engine = "deepspeed" puts ZeRO in its place.
 ZERO_INSTEAD = ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
+# What Megatron asks TransformerEngine for, left out where [fp8] is not enabled.
+FP8_PREFIXES = ("fp8-", "reuse-grad-buf-for-mxfp8-param-ag")
 # What the DALI loader does not do; its batches reach Megatron as those of an external loader.
 NOT_WITH_DALI = (
     "dataloader-type",
@@ -186,6 +200,7 @@ class RunConfig:
     activation: ActivationConfig
     xact: XactConfig
     launch: LaunchConfig = LaunchConfig()
+    fp8: FP8Config = FP8Config()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     branch: BranchConfig = BranchConfig()
     source: Path | None = field(default=None, compare=False)
@@ -195,11 +210,21 @@ class RunConfig:
     def arguments(self) -> list[str]:
         """Megatron's command line; with --swiglu if gated: Megatron sizes fc1 and counts FLOPs by it."""
         left_out = ZERO_INSTEAD if self.xact.engine == "deepspeed" else ()
-        given = ((key, value) for key, value in self.megatron.items() if key not in left_out)
+        left_out += () if self.fp8.enabled else FP8_PREFIXES
+        given = ((key, value) for key, value in self.megatron.items() if not key.startswith(left_out))
         words = [word for key, value in given for word in arguments.find(key)[0].tokens(value)]
         if self.xact.loader == "dali":
             words += ["--dataloader-type", "external"]
         return words + (["--swiglu"] if self.activation.record().gated else [])
+
+    @property
+    def mlp(self) -> str:
+        """What `mlp` in [xact] comes to."""
+        return self.xact.mlp if self.fp8.enabled or self.xact.mlp != mlp_choice.FP8 else linear.UNFUSED
+
+    @property
+    def asks_for_fp8(self) -> bool:
+        return self.fp8.enabled and (self.xact.mlp == mlp_choice.FP8 or bool(self.megatron.get("fp8-format")))
 
     def with_overrides(self, words: list[str] | tuple = (), sets: list[str] | tuple = ()) -> RunConfig:
         """This config with `sets` ("table.key=value", in TOML), then Megatron flags (`words`), over it."""
@@ -385,7 +410,7 @@ def _check_ours(kind: type, entries: dict, place: str) -> dict[str, Setting]:
     return checked
 
 
-def _hyphenated(settings: XactConfig | LaunchConfig | DeepSpeedConfig | BranchConfig) -> dict[str, Setting]:
+def _hyphenated(settings: XactConfig | LaunchConfig | FP8Config | DeepSpeedConfig | BranchConfig) -> dict[str, Setting]:
     return {f.name.replace("_", "-"): getattr(settings, f.name) for f in fields(settings)}
 
 

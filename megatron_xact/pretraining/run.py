@@ -295,7 +295,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_xact.kernels.backends import select_backend
-    from megatron_xact.layers import fused_mlp
+    from megatron_xact.layers import fp8_mlp, fused_mlp
     from megatron_xact.layers.specs import decoder_block
     from megatron_xact.pretraining import stopping
     from megatron_xact.pretraining.checkpointing.keeper import Keeper
@@ -311,7 +311,8 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     args.xact_activation, args.xact_engine = config.activation.identity(), config.xact.engine
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
-    fused_mlp.select(config.xact.mlp, config.activation.record(), model.transformer)
+    fp8_mlp.select_smooth(config.fp8.smooth)
+    fused_mlp.select(config.mlp, config.activation.record(), model.transformer)
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
     intervals = config.xact.guard_interval, config.xact.telemetry_interval, config.xact.statistics_interval
     monitor = Monitor(run_folder, terminal, *intervals, progress=progress)

@@ -7,6 +7,7 @@ gradients (main_grad, DDP, recomputation) it must repeat. Which kernels compute 
 from __future__ import annotations
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,11 @@ TRITON = [Case("xielu", 2, True, True), Case("xsilu_glu2", 2, False, True), Case
 TRITON += [Case("swiglu", 1, False, False)]
 PLANTED = [Case("xielu", 2, False, True), Case("xsilu_glu2", 4, True, False)]
 KINDS = ("plain", "accumulated", "mlp recomputed", "layers recomputed", "params gathered")
+EIGHT_BITS = [
+    Case(activation, tp, sequence_parallel, bias)
+    for activation, bias in (("xielu", True), ("xsilu_glu2", False), ("relu2", False))
+    for tp, sequence_parallel in ((1, False), (2, False), (4, True))
+]
 # With a bias, Megatron 0.19's own recomputation of an MLP never ends: it returns fc2's bias from a checkpoint.
 TRAINED = [(kind, "xielu") for kind in KINDS] + [(kind, "xsilu_glu2") for kind in ("accumulated", "layers recomputed")]
 
@@ -50,6 +56,22 @@ def fused(backend: str = "unfused"):
     finally:
         fused_mlp.backend_for = chosen
     assert set(calls) == {backend}
+
+
+def in_fp8() -> dict[tuple[Case, bool], tuple[dict, bool]]:
+    """(case, smooth) -> the whole MLP's outputs and gradients by FP8 products, and whether alphas' are replicated."""
+    from tiny_gpt import model_parallel
+
+    from megatron_xact.layers import fp8_mlp
+
+    found = {}
+    for tp in (1, 2, 4):
+        for smooth in (False, True):
+            fp8_mlp.select_smooth(smooth)
+            with model_parallel(tp) as groups, fused("fp8"):
+                found |= {(case, smooth): twins.ours(case, groups) for case in EIGHT_BITS if case.tp == tp}
+    fp8_mlp.select_smooth(False)
+    return found
 
 
 def against_the_twin() -> tuple[dict[Case, tuple], ...]:
@@ -139,6 +161,8 @@ def both_ways() -> dict:
             theirs = gradients(kind, name, groups)
             with fused():
                 results[kind, name] = theirs, gradients(kind, name, groups)
+        with fused("fp8"):
+            results["fp8"] = gradients("plain", "xielu", groups), gradients("accumulated", "xielu", groups)
     return results
 
 
@@ -177,7 +201,7 @@ def saved_bytes(backend: str | None, name: str, groups) -> dict[str, list[int]]:
 def on_ranks() -> dict:
     import tiny_gpt
 
-    results = {"twin": against_the_twin(), "both": both_ways(), "agreed": agreed(), "hooks": hooks()}
+    results = {"twin": against_the_twin(), "fp8": in_fp8(), "both": both_ways(), "agreed": agreed(), "hooks": hooks()}
     with tiny_gpt.model_parallel(2) as groups:
         results["saved"] = {
             (name, backend): saved_bytes(backend, name, groups)
@@ -257,6 +281,37 @@ def hooks() -> dict:
     return found
 
 
+def fp8_twin(case: Case, smooth: bool) -> dict[str, torch.Tensor]:
+    """The unsharded MLP in fp64, whose six products have operands rounded to FP8; as `test_mlp.twin`."""
+    numbers = {name: value.double() for name, value in twins.whole(case).items()}
+    formula, learned = twins.FORMULAS[case.activation], [q.name for q in case.record().trainable]
+    x, w1, w2, dy = (numbers[name] for name in ("x", "w1", "w2", "dy"))
+    z = (rounded(x) @ rounded(w1).T + numbers.get("b1", 0.0)).requires_grad_()
+    leaves = {name: numbers[name].requires_grad_() for name in learned}
+    gate, up = z.chunk(2, -1) if case.record().gated else (z, 1.0)
+    a = formula(gate, **leaves) * up
+    m = torch.ones(())
+    if smooth:
+        peaks = w2.abs().amax(0) / a.detach().abs().amax((0, 1))
+        m = torch.where(peaks.isfinite() & (peaks > 0), 2.0 ** (peaks.log2() / 2).round(), 1.0)
+    a8 = rounded(a.detach() * m) / m
+    out = a8 @ (rounded(w2 / m) * m).T + numbers.get("b2", 0.0)
+    dy8 = rounded(dy, torch.float8_e5m2)
+    dz, *dlearned = torch.autograd.grad(a, [z, *leaves.values()], dy8 @ rounded(w2))
+    dz8 = rounded(dz, torch.float8_e5m2)
+    flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
+    found = {"y": out, "dx": dz8 @ rounded(w1), "dw1": flat(dz8).T @ flat(rounded(x)), "dw2": flat(dy8).T @ flat(a8)}
+    if case.bias:
+        found |= {"db1": flat(dz).sum(0), "db2": flat(dy).sum(0)}
+    return {k: v.detach() for k, v in found.items()} | {f"d{n}": g for n, g in zip(learned, dlearned, strict=True)}
+
+
+def rounded(t: torch.Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+    """To the FP8 format, after scaling by the largest power of two with which nothing overflows."""
+    scale = 2.0 ** math.floor(math.log2(torch.finfo(kind).max / t.abs().max().item()))
+    return (t * scale).to(kind).double() / scale
+
+
 # --- the tests --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def results():
@@ -291,6 +346,21 @@ def test_a_missing_sum_is_noticed(results, case):
         assert not replicated
 
 
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smooth"])
+@pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
+def test_fp8_equals_a_twin_that_rounds_the_same_operands(results, case, smooth):
+    """Every rank scales its own shards: powers of two, so only what is tiny beside their largest can differ."""
+    rounded, exact = fp8_twin(case, smooth), twins.twin(case)
+    for found in results:
+        ours, replicated = found["fp8"][case, smooth]
+        assert replicated and ours.keys() == rounded.keys()
+        for name, value in ours.items():
+            error = (value.double() - rounded[name]).norm() / rounded[name].norm()
+            assert error <= 1e-4, f"{name}: {error}"
+            if value.numel() > 1 and name != "db2":  # of a sum that nearly cancels, FP8 leaves nothing
+                assert 1e-3 < (value.double() - exact[name]).norm() / exact[name].norm() < 0.12, name
+
+
 @pytest.mark.parametrize("kind, name", TRAINED)
 def test_trains_as_megatrons_linears(results, kind, name):
     """The same bits in every main_grad of the model after two microbatches, and the same bookkeeping."""
@@ -301,6 +371,14 @@ def test_trains_as_megatrons_linears(results, kind, name):
         assert we_added == they_added and len(we_added) == 4
         assert set(we_added.values()) == {kind == "accumulated"}
         assert all(gradient.abs().sum() > 0 for gradient in ours.values())
+
+
+def test_fp8_accumulates_into_main_grad(results):
+    """What its hooks add to main_grad from a gradient, and what it adds itself: the same bits in fp32."""
+    for found in results:
+        (plain, nobody), (ours, added) = found["both"]["fp8"]
+        assert [name for name in plain if not torch.equal(ours[name], plain[name])] == []
+        assert set(nobody.values()) == {False} and set(added.values()) == {True} and len(added) == 4
 
 
 @pytest.mark.parametrize("name", ["xielu", "swiglu"])

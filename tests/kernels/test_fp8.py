@@ -12,7 +12,8 @@ import torch
 from interpreter import in_interpreter
 
 from megatron_xact import activations
-from megatron_xact.kernels import fp8
+from megatron_xact.activations.baselines import IDENTITY
+from megatron_xact.kernels import fp8, fp8_product
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
@@ -131,6 +132,56 @@ def test_per_tensor_by_torch(name, dtype):
         assert stale.rows_RC.float().abs().max() == LARGEST[dtype] and torch.equal(stale.amax, amax)
 
 
+def test_casts_and_multipliers_by_torch():
+    """What is no activation's output: rounded as torch rounds it; and columns multiplied before that."""
+    x, dy, bias, p = inputs(record := activations.get("xielu"), (2, 75, 200))
+    y, *_ = exact(record, x, dy, bias, p)
+    multiplier = 2.0 ** torch.randint(-6, 7, (200,), generator=torch.Generator().manual_seed(1))
+    peaks = fp8.forward_amax(record, x, p, bias, by_column=True)
+    assert peaks.shape == (200,) and torch.allclose(peaks.double(), y.abs().amax(0), rtol=1e-6)
+    for scaling in (fp8.PerTensor(torch.tensor([0.5])), fp8.Blockwise()):
+        ours = fp8.forward(record, x, p, scaling, bias=bias, multiplier=multiplier)
+        theirs = fp8.quantize((y * multiplier).float(), scaling, torch.float8_e4m3fn)
+        assert (ours.rows_RC.float() != theirs.rows_RC.float()).double().mean() < 1e-3  # fp32 beside fp64, at a tie
+        assert torch.equal(fp8.cast(x, scaling, torch.float8_e5m2).columns_CR.float().T,
+                           fp8.quantize(x, scaling, torch.float8_e5m2).columns_CR.float().T)  # fmt: skip
+    assert torch.equal(fp8.amax(x, by_column=True), x.abs().amax((0, 1))) and fp8.amax(x).item() == x.abs().max()
+
+
+@pytest.mark.parametrize("kinds", [("e4m3fn", "e4m3fn"), ("e5m2", "e4m3fn")], ids=" x ".join)
+def test_products(kinds):
+    """Against torch's own product of FP8 matrices (slow and plain on a CPU) and fp64."""
+    g = torch.Generator().manual_seed(1)
+    kinds = [getattr(torch, f"float8_{kind}") for kind in kinds]
+    shapes = zip((48, 32), kinds, strict=True)
+    a, b = (fp8_product.quantized(torch.randn(n, 64, generator=g), kind, rows=True) for n, kind in shapes)
+    ours = fp8_product.product(a.rows_RC, a.row_scale_inv, b.rows_RC, b.row_scale_inv, torch.float32)
+    exact = (a.rows_RC.double() * a.row_scale_inv) @ (b.rows_RC.double() * b.row_scale_inv).T
+    theirs = torch._scaled_mm(a.rows_RC, b.rows_RC.T, a.row_scale_inv, b.row_scale_inv, out_dtype=torch.float32)
+    assert (ours - exact).norm() <= 1e-6 * exact.norm() and (theirs - ours).norm() <= 1e-6 * exact.norm()
+
+
+def test_smoothing_saves_what_outliers_would_flush():
+    """Two channels 2^20 above the others: without smoothing e4m3 leaves these 0, with it the product is fine."""
+    g = torch.Generator().manual_seed(1)
+    record, p = activations.get("relu2"), {}
+    pre = torch.randn(64, 256, generator=g)
+    pre[:, [3, 100]] *= 2.0**10
+    w2 = torch.randn(32, 256, generator=g)
+    w2[:, [3, 100]] *= 2.0**-20  # or the outliers are all that matters
+    exact = pre.double().relu().square() @ w2.double().T
+    errors = {}
+    for smooth in (False, True):
+        scaling, m = fp8_product.activation_scaling(record, pre, p, None, w2 if smooth else None)
+        y = fp8.forward(record, pre, p, scaling, multiplier=m)
+        w = fp8_product.quantized(w2, torch.float8_e4m3fn, rows=True, multiplier=None if m is None else 1 / m)
+        out = fp8_product.product(y.rows_RC, y.row_scale_inv, w.rows_RC, w.row_scale_inv, torch.float32)
+        errors[smooth] = ((out - exact).norm() / exact.norm()).item()
+    assert errors[False] > 0.3 and errors[True] < 0.05
+    m = fp8_product.smoothing(torch.tensor([4.0, 0.0, 1.0, float("inf")]), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert m.tolist() == [0.5, 1.0, 1.0, 1.0]
+
+
 def test_factors_at_the_edges():
     inf = float("inf")
     amax = torch.tensor([0.0, inf, float("nan"), 448.0, 449.0, 1e-42, 2.0**-120, 3.4e38, 1.0])
@@ -231,6 +282,28 @@ def test_per_tensor_kernels(name):
 
 
 @in_interpreter
+def test_multiplier_and_column_amax_of_the_kernels():
+    from megatron_xact.kernels import triton_fp8 as kernels
+
+    for record in (activations.get("xielu"), IDENTITY):
+        x, dy, bias, p = inputs(record, (2, 75, 200))
+        y, *_ = exact(record, x, dy, bias, p)
+        multiplier = 2.0 ** torch.randint(-6, 7, (200,), generator=torch.Generator().manual_seed(1))
+        flat, rows, columns = kernels._matrix(record, x)
+        for scaling in (fp8.PerTensor(torch.tensor([3.0])), fp8.Blockwise()):
+            ours = fp32_instead(rows, columns, scaling, True, True)
+            kernels._launch_forward(record, flat, p, bias, ours, scaling, torch.float8_e4m3fn, multiplier)
+            if isinstance(scaling, fp8.PerTensor):
+                true = y * multiplier
+                assert torch.equal(ours.columns_CR.T, ours.rows_RC)
+                assert ((ours.rows_RC.double() / 3.0 - true).abs() <= 1e-6 * true.abs().amax(0)).all()
+            else:
+                check_blocks(y * multiplier, ours.rows_RC, ours.row_scale_inv, 448.0, True, fp32_rounding)
+        peaks = kernels.forward_amax(record, x, p, bias, by_column=True)
+        assert torch.allclose(peaks.double(), y.abs().amax(0), rtol=1e-6)
+
+
+@in_interpreter
 def test_factors_of_the_kernels_at_the_edges():
     from megatron_xact.kernels import triton_fp8 as kernels
 
@@ -278,6 +351,19 @@ def test_machine_code(name, direction, blockwise, kind):
     assert wide[1] == 2 * binary.elements // 16, "stores are not of 16 bytes"
 
 
+@pytest.mark.parametrize("given", [("multiplier_ptr",), ("column_amax_ptr",), ()], ids=" ".join)
+@pytest.mark.parametrize("name", ["xielu", "swiglu", "identity"])
+def test_machine_code_of_casts_and_smoothing(name, given):
+    """As above; and looking for the columns' largest alone writes nothing of 16 bytes."""
+    looking = "column_amax_ptr" in given
+    binary = compile_fp8(name, "forward", False, "e4m3", more=dict.fromkeys(given, "*fp32"), quantizes=not looking)
+    assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0, "spills"
+    wide = [sum(n for o, n in binary.instructions.items() if o.startswith(k) and ".128" in o) for k in ("LDG", "STG")]
+    matrices, multipliers = 2 if name == "swiglu" else 1, 4 if "multiplier_ptr" in given else 0  # of 16 columns
+    assert wide[0] == matrices * binary.elements // 8 + multipliers
+    assert wide[1] == (0 if looking else 2 * binary.elements // 16)
+
+
 def test_the_gate_notices_spills():
     binary = compile_fp8("xielu", "backward", True, "e4m3", maxnreg=64)
     assert binary.stack_bytes or binary.count("LDL")
@@ -288,12 +374,12 @@ def test_the_gate_notices_narrow_stores():
     assert not any(".128" in opcode for opcode in binary.instructions if opcode.startswith("STG"))
 
 
-def compile_fp8(name, direction, blockwise, kind, divisible=True, **options):
+def compile_fp8(name, direction, blockwise, kind, divisible=True, more=None, quantizes=True, **options):
     from compiled import compiled, parameters
 
     from megatron_xact.kernels import triton_fp8 as kernels
 
-    record = activations.get(name)
+    record = IDENTITY if name == "identity" else activations.get(name)
     p = {q.symbol: torch.ones(1) if q.trainable else q.init for q in record.parameters}
     scaling = fp8.Blockwise() if blockwise else fp8.PerTensor(torch.ones(1))
     dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
@@ -309,7 +395,9 @@ def compile_fp8(name, direction, blockwise, kind, divisible=True, **options):
         "x_ptr": "*bf16", "dy_ptr": "*bf16", "rows_ptr": values, "columns_ptr": values, "dp_ptr": "*fp32",
         "row_scale_ptr": scales, "column_scale_ptr": scales, "scale_ptr": whole, "amax_ptr": whole,
         "rows": "i32", "columns": "i32",
-    }  # fmt: skip
+    } | (more or {})  # fmt: skip
+    if not quantizes:
+        given |= dict.fromkeys(("rows_ptr", "columns_ptr", "scale_ptr"))
     kernel = kernels.forward_kernel if direction == "forward" else kernels.backward_kernel
     elements = fp8.BLOCK**2 // (32 * constants["num_warps"])
     return compiled(kernel, given | parameters(constants["LEARNED"]), constants, 90, elements, divisible)

@@ -514,3 +514,32 @@ def test_the_deepspeed_table_is_kept_where_it_means_something(tiny, tmp_path):
     assert "[deepspeed]" not in tiny.dump()
     zero3 = tiny.with_overrides(sets=["xact.engine=deepspeed", "deepspeed.zero-stage=3"])
     assert write(tmp_path / "again.toml", zero3.dump()) == zero3
+
+
+@pytest.mark.parametrize(
+    "words, sets, message",
+    [
+        (["--fp8-format", "hybrid"], ["xact.mlp=fp8"], "fp8-format = 'hybrid' are two ways to compute in FP8"),
+        ([], ["fp8.smooth=true"], "smooth = true in [fp8] needs mlp = 'fp8' in [xact], not 'unfused'"),
+        (["--first-last-layers-bf16"], ["xact.mlp=fp8"], "keeps 2 layers out of FP8, of num-layers = 2: none is left"),
+        ([], ["xact.mlp=fp8", "xact.engine=deepspeed"], 'does not go with mlp = "fp8"'),
+    ],
+)
+def test_what_does_not_go_with_fp8(tiny, words, sets, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(tiny.with_overrides(words, sets))
+
+
+def test_one_flag_takes_fp8_out(tiny):
+    """Both ways to ask for it, and what belongs to them."""
+    off = ["fp8.enabled=false"]
+    theirs = tiny.with_overrides(["--fp8-format", "hybrid", "--fp8-recipe", "blockwise"])
+    assert theirs.asks_for_fp8 and "--fp8-format" in theirs.arguments()
+    bf16 = theirs.with_overrides(sets=off)
+    assert not bf16.asks_for_fp8 and bf16.arguments() == tiny.arguments()
+    ours = tiny.with_overrides(sets=["xact.mlp=fp8", "fp8.smooth=true"])
+    assert ours.asks_for_fp8 and ours.mlp == "fp8"
+    bf16 = ours.with_overrides(sets=off)
+    validate(bf16)
+    assert not bf16.asks_for_fp8 and bf16.mlp == "unfused"
+    assert tiny.with_overrides(sets=[*off, "xact.mlp=triton"]).mlp == "triton"

@@ -1,0 +1,76 @@
+"""Matrix products of FP8 operands, and what quantizes these: per-tensor current scaling by powers of two.
+
+Powers of two round nothing, so what a shard loses by being quantized with its own factor, and not with the whole
+tensor's, is confined to what a format's range leaves out. On GPUs with FP8 tensor cores (Ada, Hopper and newer) the
+product is cuBLASLt's, by torch, with fp32 accumulation throughout (`use_fast_accum` off). Elsewhere the operands are
+widened, exactly: FP8 values are also bf16 values and products of two of them fp32 values. So a CPU or an A100 computes
+the same sums in another order, without FP8's speed: enough to tell what FP8 does to a model.
+
+Suffixes: M, N = outer dimensions, K = inner one; C = columns of a matrix that is quantized.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels import fp8
+from megatron_xact.kernels.fp8 import PerTensor, Quantized, gpu_has_fp8
+
+VALUES = torch.float8_e4m3fn  # of activations and weights
+GRADIENTS = torch.float8_e5m2
+MULTIPLE = 16  # of elements, in cuBLASLt's inner and last dimensions
+
+
+def product(a_MK: Tensor, a_scale_inv: Tensor, b_NK: Tensor, b_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a * a_scale_inv) @ (b * b_scale_inv)^T as [M, N] of this dtype. a, b: FP8, not both e5m2; factors: (1,) fp32."""
+    tiles = a_MK.shape[1] % MULTIPLE == b_NK.shape[0] % MULTIPLE == 0
+    if a_MK.is_cuda and gpu_has_fp8(a_MK.device) and tiles:
+        return torch._scaled_mm(a_MK, b_NK.T, scale_a=a_scale_inv, scale_b=b_scale_inv, out_dtype=dtype)
+    wide = torch.bfloat16 if a_MK.is_cuda else torch.float32
+    return ((a_MK.to(wide) @ b_NK.to(wide).T).float() * (a_scale_inv * b_scale_inv)).to(dtype)
+
+
+def scaling_for(amax: Tensor, dtype: torch.dtype) -> PerTensor:
+    """The factor for a tensor whose largest magnitude is amax (1,)."""
+    return PerTensor(fp8.factor(amax, dtype, power_of_two=True))
+
+
+def quantized(value: Tensor, dtype: torch.dtype, *, rows: bool = False, columns: bool = False,
+              multiplier: Tensor | None = None) -> Quantized:  # fmt: skip
+    """A tensor [..., C] in FP8, scaled by its own amax; multiplier: [C], as in `fp8.forward`."""
+    amax = fp8.amax(value) if multiplier is None else _amax_of(fp8.amax(value, by_column=True), multiplier)
+    return fp8.cast(value, scaling_for(amax, dtype), dtype, rows=rows, columns=columns, multiplier=multiplier)
+
+
+def activation_scaling(
+    activation: Activation, pre: Tensor, p: Values, bias: Tensor | None, w2_HF: Tensor | None
+) -> tuple[PerTensor, Tensor | None]:
+    """(factor, multiplier [F] or None) with which activation(pre + bias) is quantized.
+
+    w2_HF: the weight it is multiplied with, to be smoothed against (`smoothing`); None: no multiplier.
+    """
+    if w2_HF is None:
+        return scaling_for(fp8.forward_amax(activation, pre, p, bias), VALUES), None
+    peaks = fp8.forward_amax(activation, pre, p, bias, by_column=True)
+    multiplier = smoothing(peaks, fp8.amax(w2_HF, by_column=True))
+    return scaling_for(_amax_of(peaks, multiplier), VALUES), multiplier
+
+
+def smoothing(activation_amax: Tensor, weight_amax: Tensor) -> Tensor:
+    """m [F] of powers of two: y_f m_f and w_f / m_f have the same largest magnitude, within a factor of 2.
+
+    Outliers of a few channels make a per-tensor factor so small that the others fall below FP8's range; half of a
+    channel's excess (as a logarithm) moves into the weight, where quantization is as hard then. Xiao et al. 2022,
+    SmoothQuant, arXiv:2211.10438, equation 4 with migration strength 1/2; in training, per-channel factors of an MLP's
+    output: Fishman et al. 2024, arXiv:2409.12517 (Smooth-SwiGLU). 1 where either side is 0 or not finite.
+    """
+    exponent = ((weight_amax.log2() - activation_amax.log2()) / 2).round()
+    return torch.where(exponent.isfinite(), exponent, 0.0).clamp(-60, 60).exp2()
+
+
+def _amax_of(peaks: Tensor, multiplier: Tensor) -> Tensor:
+    """Of a matrix with these magnitudes by column, its columns multiplied: exact, where they are powers of two."""
+    return (peaks * multiplier).amax().reshape(1)

@@ -1,0 +1,118 @@
+"""An MLP whose six matrix products have FP8 operands, without TransformerEngine: `[xact] mlp = "fp8"`. Experimental.
+
+e4m3 for the layer's input, the weights and the activation's output; e5m2 for gradients; fp32 accumulation. Each operand
+is scaled by its own amax, to a power of two (`kernels.fp8_product`). The activation and its derivatives are fp32, of
+the 16-bit pre-activation, and leave already cast. Saved are the layer's input and the pre-activation; weights and
+operands that are needed transposed are quantized again in the backward pass.
+
+With `smooth`, the activation's output is multiplied by one factor per channel before the cast, and fc2's weight by its
+inverse (`fp8_product.smoothing`); fc2's own gradient is divided by it again. The function is the same, its outliers
+are less.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_xact.kernels import fp8
+from megatron_xact.kernels.backends import backend_of
+from megatron_xact.kernels.fp8 import PerTensor
+from megatron_xact.kernels.fp8_product import (
+    GRADIENTS,
+    VALUES,
+    activation_scaling,
+    product,
+    quantized,
+    scaling_for,
+)
+from megatron_xact.kernels.ops import values_of
+from megatron_xact.layers.parallel_linear import Call, Function, added_to_main_grad, rows_of
+
+_smooth = False
+
+
+def select_smooth(smooth: bool) -> None:
+    """`smooth` in [fp8], for the whole process."""
+    global _smooth
+    _smooth = smooth
+
+
+def function() -> Function:
+    return functools.partial(_FP8MLP.apply, _smooth)
+
+
+class _FP8MLP(torch.autograd.Function):
+    """A `parallel_linear.Function`. Suffixes: M = tokens, H = hidden, F = ffn on this rank, W = F (gated: 2F)."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx, smooth, x, w1_WH, b1, w2_HF, call, *learned):
+        ctx.call = call
+        ctx.main_grads = call.main_grads(w1_WH, w2_HF)
+        whole = call.gather(x)
+        activation, p = call.activation, values_of(call.activation, learned)
+
+        x8, w8 = quantized(rows_of(whole), VALUES, rows=True), quantized(w1_WH, VALUES, rows=True)
+        pre_MW = product(x8.rows_RC, x8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
+        if call.hooked:
+            call.tell_hooks(pre_MW, b1, backend_of(activation, pre_MW).forward(activation, pre_MW, p, b1))
+
+        scaling, multiplier_F = activation_scaling(activation, pre_MW, p, b1, w2_HF if smooth else None)
+        y8 = fp8.forward(
+            activation, pre_MW, p, scaling, VALUES, columns=False, bias=b1, multiplier=multiplier_F
+        )
+        w8 = quantized(w2_HF, VALUES, rows=True, multiplier=None if multiplier_F is None else 1.0 / multiplier_F)
+        out_MH = product(y8.rows_RC, y8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
+        ctx.save_for_backward(x, pre_MW, w1_WH, b1, w2_HF, scaling.scale, multiplier_F, *learned)
+        return out_MH.view(*whole.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx, dout):
+        x, pre_MW, w1_WH, b1, w2_HF, y_scale, multiplier_F, *learned = ctx.saved_tensors
+        call: Call = ctx.call
+        activation, p = call.activation, values_of(call.activation, learned)
+        whole, gathering = call.start_gathering(x)
+
+        dout8 = quantized(rows_of(dout), GRADIENTS, rows=True, columns=True)
+        w8 = quantized(w2_HF, VALUES, columns=True)
+        dy_MF = product(dout8.rows_RC, dout8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
+        dpre_scaling = scaling_for(fp8.backward_amax(activation, pre_MW, p, dy_MF, b1), GRADIENTS)
+        back = fp8.backward(activation, pre_MW, p, dy_MF, dpre_scaling, GRADIENTS, bias=b1)
+        dpre8 = back.dx
+        y8 = fp8.forward(
+            activation, pre_MW, p, PerTensor(y_scale), VALUES, rows=False, bias=b1, multiplier=multiplier_F
+        )
+        dw2 = _weight_gradient(w2_HF, ctx.main_grads[1], dout8, y8, call, multiplier_F)
+
+        w8 = quantized(w1_WH, VALUES, columns=True)
+        dx_MH = product(dpre8.rows_RC, dpre8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
+        if gathering is not None:
+            gathering.wait()
+        dx, reducing = call.start_reduction(dx_MH.view(*whole.shape[:-1], -1), x)
+        x8 = quantized(rows_of(whole), VALUES, columns=True)
+        dw1 = _weight_gradient(w1_WH, ctx.main_grads[0], dpre8, x8, call)
+        if reducing is not None:
+            reducing.wait()
+        db1 = None if b1 is None else back.bias.to(b1.dtype)
+        return None, dx, dw1, db1, dw2, None, *call.of_learned(back.parameters, learned)
+
+
+def _weight_gradient(
+    weight: Tensor, main_grad: Tensor | None, dy8: fp8.Quantized, x8: fp8.Quantized, call: Call,
+    multiplier: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """dy^T x, its columns divided by x's multiplier; or, added into main_grad, what Megatron's hooks expect instead."""
+    dtype = main_grad.dtype if call.accumulate else weight.dtype
+    dw = product(dy8.columns_CR, dy8.column_scale_inv, x8.columns_CR, x8.column_scale_inv, dtype)
+    if multiplier is not None:
+        dw /= multiplier  # powers of two
+    if not call.accumulate:
+        return dw
+    main_grad.add_(dw)
+    return added_to_main_grad(weight, main_grad, weight.dtype)
