@@ -28,7 +28,7 @@ sys.path[:0] = [
 
 import torch  # noqa: E402
 
-from tools.gpu import correctness, memory, mlp, speed, te, training  # noqa: E402
+from tools.gpu import correctness, fp8_mlp, memory, mlp, speed, te, training  # noqa: E402
 from tools.gpu.context import Context, Failure, Skip  # noqa: E402
 
 SECTIONS = {
@@ -41,6 +41,7 @@ SECTIONS = {
     "peers": speed.peers,
     "fp8": correctness.quantized,
     "fp8-speed": speed.quantized,
+    "fp8-mlp": fp8_mlp.fp8_mlp,
     "mlp": mlp.mlp,
     "te": te.te,
     "training": training.training,
