@@ -80,7 +80,7 @@ def _study(args: argparse.Namespace) -> int | None:
     from megatron_xact.studies import cli as study
     from megatron_xact.studies.outside import Outside
 
-    return study.main(args, Outside(_activation_values, _planned_model, _planned_speed))
+    return study.main(args, Outside(_activation_values, _planned_model, _planned_speed, _asked_for))
 
 
 def _planned_model(path: Path, sets: list[str]):
@@ -111,6 +111,18 @@ def _planned(path: Path, sets: list[str], gpus: int | None = None):
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     )
     return job.with_layout(config, args, ranks, min(ranks, 8))
+
+
+def _asked_for(path: Path, sets: list[str]):
+    """What a config with these overrides asks for."""
+    from megatron_xact.pretraining import arguments
+    from megatron_xact.pretraining import config as config_file
+    from megatron_xact.studies.outside import Asked
+
+    config = config_file.load(path).with_overrides([], sets)
+    args = arguments.parse(config.arguments())
+    intervals = args.log_interval, config.xact.statistics_interval, args.save_interval
+    return Asked(config.dump(), config.asks_for_fp8, args.train_iters, *intervals)
 
 
 def _activation_values(name: str, values: dict[str, float], x):

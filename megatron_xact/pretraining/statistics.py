@@ -6,6 +6,9 @@ hooks only read: a run has the same bits with and without them.
 
 The pre-activation is what the activation function gets: fc1's output with its bias; of a gated one, the gate half. A
 unit is a column of the post-activation (an input of fc2).
+
+What FP8 costs is measured in every run, also in bf16: the post-activation, the operand with the largest outliers, is
+cast to e4m3 under one power-of-two scale by the amax of the whole layer (current scaling), whatever the run does.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
+from megatron_xact.kernels import fp8
 
 Statistics = dict[int, dict[str, float]]  # layer (from 1) -> name in STATISTICS -> value; nan where undefined
 
@@ -52,6 +56,8 @@ STATISTICS = {
     "postact_max": Statistic("largest |post-activation|"),
     "postact_max_over_rms": Statistic("largest |post-activation| / RMS"),
     "postact_kurtosis": Statistic("kurtosis E y⁴ / (E y²)²"),
+    "postact_fp8_error": Statistic("RMS error of post-activations in e4m3", fraction=True),
+    "postact_fp8_flushed": Statistic("post-activations ≠ 0 that e4m3 makes 0", fraction=True),
 }
 
 
@@ -66,11 +72,11 @@ class ActivationModule(Protocol):
 
 @dataclass(frozen=True)
 class _Partial:
-    """One layer, fp64, on its device. `whole` is of the unsharded layer, the others are this rank's part of it."""
+    """One layer, fp64, on its device. `counts` is of this rank's part of it, the others of the unsharded layer."""
 
     whole: Tensor  # [x < 0, f'(x) < 0, x^2, y == 0, y^2, y^4, number of elements], sums
-    counts: Tensor  # [|y| near zero, dead units, units], sums
     largest: Tensor  # [|x|, |y|], maxima
+    counts: Tensor  # [|y| near zero, dead units, units, (q - y)^2, q == 0 != y], sums; q: y in FP8
 
 
 class Probe:
@@ -89,7 +95,7 @@ class Probe:
     def watching(self, layers: Mapping[int, ActivationModule]) -> Iterator[None]:
         """Layers by number whose next forward pass is measured; not those measured since the last `take`.
 
-        Every rank of `whole` runs the same layers meanwhile: each is one small all-reduce between them.
+        Every rank of `whole` runs the same layers meanwhile: each is three small all-reduces between them.
         """
         hooks = [
             module.register_forward_hook(partial(self._measure, number), with_kwargs=True)
@@ -113,9 +119,9 @@ class Probe:
             return {}
         whole = torch.stack([partials[n].whole for n in numbers])
         counts = _reduced(torch.stack([partials[n].counts for n in numbers]), ReduceOp.SUM, self._whole)
-        largest = _reduced(torch.stack([partials[n].largest for n in numbers]), ReduceOp.MAX, self._whole)
+        largest = torch.stack([partials[n].largest for n in numbers])
         negative, negative_slope, x2, zero, y2, y4, elements = whole.unbind(1)
-        near_zero, dead, units = counts.unbind(1)
+        near_zero, dead, units, error2, flushed = counts.unbind(1)
         max_x, max_y = largest.unbind(1)
         rms = (y2 / elements).sqrt()
         columns = {
@@ -130,6 +136,8 @@ class Probe:
             "postact_max": max_y,
             "postact_max_over_rms": max_y / rms,
             "postact_kurtosis": y4 * elements / y2.square(),
+            "postact_fp8_error": (error2 / y2).sqrt(),
+            "postact_fp8_flushed": flushed / (elements - zero),
         }
         assert columns.keys() == STATISTICS.keys()
         rows = torch.stack([columns[name] for name in STATISTICS], dim=1).tolist()
@@ -162,11 +170,19 @@ class Probe:
             largest[0] = torch.maximum(largest[0], z.abs().amax().double())
         largest[1] = peaks.amax()
         _reduced(whole, ReduceOp.SUM, self._whole)
+        _reduced(largest, ReduceOp.MAX, self._whole)
         threshold = NEAR_ZERO * (whole[4] / whole[6]).sqrt()
-        near_zero = sum((block.double().abs() <= threshold).sum() for block in y.split(rows))
-        dead = (_reduced(peaks, ReduceOp.MAX, self._tokens) <= threshold).sum()
-        counts = torch.stack([near_zero, dead, dead.new_full((), width)]).double()
-        return _Partial(whole, counts, largest)
+        dead = (_reduced(peaks, ReduceOp.MAX, self._tokens) <= threshold).sum().double()
+        scaling = fp8.PerTensor(fp8.factor(largest[1:], torch.float8_e4m3fn, power_of_two=True))
+        near_zero, error2, flushed = whole.new_zeros(3)
+        for y_rows in y.split(rows):
+            q = fp8.quantize(y_rows, scaling, torch.float8_e4m3fn, columns=False)
+            exact, rounded = y_rows.double(), q.rows_RC.double() * q.row_scale_inv
+            near_zero += (exact.abs() <= threshold).sum()
+            error2 += (rounded - exact).square().sum()
+            flushed += ((rounded == 0) & (exact != 0)).sum()
+        counts = torch.stack([near_zero, dead, dead.new_full((), width), error2, flushed])
+        return _Partial(whole, largest, counts)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@
     report.py, plots.py, page.py, curves.py   the folder of numbers, pictures and one HTML page
     recipe.py, ladder.py, planning.py, expectation.py, measuring.py   STUDY.toml -> configs of runs, and what to expect
     running.py, state.py, progress.py, slurm.py, collecting.py        the runs, here or as job arrays, and their table
+    fp8_gate.py, gate.py, gate_plot.py   a BF16/FP8 pair of one config: the runs, the verdict, its picture
     cli.py, commands.py   `xact study`
     outside.py   what the command line hands in from the rooms with torch
 """

@@ -17,6 +17,8 @@ examples:
     xact study plan configs/studies/tiny.toml
     xact study run runs/tiny --jobs 2
     xact study collect runs/tiny --out runs/tiny/runs.csv
+  does a config train as well in FP8 as in BF16?
+    xact study fp8-gate my_fp8.toml --out runs/gate
   one table out of foreign ones: say which column is what, in which unit, and which rows count
     xact study collect wandb.csv --columns params=n_params tokens=tokens_b*1e9 loss=val_loss \\
         --constant tokenizer=mine --where State=finished --out runs.csv
@@ -168,7 +170,7 @@ def _fit(args: argparse.Namespace, outside: Outside | None) -> None:
     for name in args.activation or table.activations:
         found = fitting.fit(table.only(name), form=args.form, hold_out=args.hold_out, bootstraps=args.bootstraps,
                             seed=args.seed, workers=args.workers)  # fmt: skip
-        _print(name, words.of_fit(found, flops))
+        print(words.lines(name, words.of_fit(found, flops)))
         results[name] = numbers.of_fit(found, flops)
         if args.check:
             least, share, count = fitting.classical_check(found)
@@ -184,13 +186,6 @@ def _budgets(args: argparse.Namespace, default: list[float]) -> list[float]:
     if bad := [c for c in args.budget if not 0 < c < float("inf")]:
         raise ValueError(f"--budget {bad[0]:g} must be a positive number of FLOPs")
     return args.budget or default
-
-
-def _print(title: str, told: list[tuple[str, str]]) -> None:
-    width = max(len(subject) for subject, _ in told)
-    print(title)
-    for subject, sentence in told:
-        print(f"  {subject:{width}}  {sentence}")
 
 
 # -- compare ----------------------------------------------------------------------------------------------------------
@@ -219,7 +214,7 @@ def _compare(args: argparse.Namespace, outside: Outside | None) -> None:
     found = comparing.compare(table, args.baseline, args.other, cluster=args.cluster, level=args.level,
                               draws=args.bootstraps, seed=args.seed, workers=args.workers)  # fmt: skip
     tied = comparing.tied_multiplier(table, args.baseline, args.other)
-    _print(f"{args.other} against {args.baseline}", words.of_comparison(found, tied))
+    print(words.lines(f"{args.other} against {args.baseline}", words.of_comparison(found, tied)))
     if args.json:
         write_text(args.json, json.dumps(numbers.of_comparison(found, tied), indent=1) + "\n")
 
@@ -250,6 +245,8 @@ SUBCOMMANDS = {
                        commands.plan_arguments, commands.plan),
     "run": Subcommand("train a planned study, here or under SLURM; again: what is left",
                       commands.run_arguments, commands.run),
+    "fp8-gate": Subcommand("may a config be trained in FP8? a BF16/FP8 pair, its gap, the layers that suffer",
+                           commands.gate_arguments, commands.gate),
     "collect": Subcommand("one checked table out of study folders or CSV files", _collect_arguments, _collect),
     "fit": Subcommand("the law L(N, D) of each activation, with intervals and diagnostics", _fit_arguments, _fit),
     "compare": Subcommand("compute multiplier of one activation over another, in pairs", _compare_arguments, _compare),

@@ -1,4 +1,4 @@
-"""`xact study plan` and `run`: their arguments and what they print."""
+"""`xact study plan`, `run` and `fp8-gate`: their arguments and what they print."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ RUN_EPILOG = """\
 
 Finished cells are skipped and interrupted ones go on, so the same command again does what is left. Then:
   xact study collect runs/tiny --out runs/tiny/runs.csv"""
+
+GATE_EPILOG = """\
+  xact study fp8-gate my_fp8.toml --out runs/gate
+  xact study fp8-gate my_fp8.toml --out runs/gate --set schedule.train-iters=2000    # a shorter look
+  xact study fp8-gate my_fp8.toml --out runs/gate --window 500 --threshold 0.02      # trained already: judged anew
+
+CONFIG asks for FP8: mlp = "fp8" in [xact], or Megatron's fp8-format. It is trained twice, one run after the other, as
+it is and with fp8.enabled=false: from the same seed, on the same data in the same order. Finished runs are not repeated
+and interrupted ones go on, so the same command does what is left.
+
+PASS (exit code 0): over the last tenth of the steps the loss of FP8 is on average at most 0.01 nat above that of BF16.
+FAIL (exit code 1): it is more, or FP8 diverged. Then the layers are named whose post-activations lose most in FP8, or
+whose largest values grew most. The 95 % interval of the difference says whether the runs were long enough to be sure.
+
+DIR gets gate.json (every number), gate.png, config.toml (what was trained), fp8/ and bf16/ (the runs) and logs/."""
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +108,28 @@ def run(args: argparse.Namespace, outside: Outside) -> int:
     if args.slurm:
         return slurm.submit(study, args.folder, args.nproc_per_node, args.jobs, args.sbatch_options)
     return running.run(study, args.folder, args.jobs, args.nproc_per_node, args.retries)
+
+
+def gate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.formatter_class = GATE_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file that `xact pretrain` could train")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of both runs and the verdict")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
+                        help="override one key of the config in both runs; may be repeated")  # fmt: skip
+    parser.add_argument("--threshold", type=_positive(float), default=0.01, metavar="NAT",
+                        help="largest gap that passes (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--window", type=_positive(int), metavar="STEPS",
+                        help="at the end, that the gap is the mean of (default: a tenth of all)")  # fmt: skip
+    parser.add_argument("--nproc-per-node", type=_positive(int), metavar="N",
+                        help="processes of each run (default: what its config needs)")  # fmt: skip
+    parser.add_argument("--retries", type=_natural, default=2, metavar="N", help="of a failed run (default: 2)")
+
+
+def gate(args: argparse.Namespace, outside: Outside) -> int:
+    from megatron_xact.studies import fp8_gate
+
+    asked = fp8_gate.asked_for(args.config, args.set, outside)
+    return fp8_gate.run(asked, args.out, args.threshold, args.window, args.nproc_per_node, args.retries)
 
 
 def _positive(kind: type):

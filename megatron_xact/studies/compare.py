@@ -165,7 +165,7 @@ def compare(
     return Comparison(
         baseline=baseline, other=other, pairs=tuple(pairs), unpaired=len(table) - 2 * len(pairs), level=level,
         clusters=count, clustered_by=clustered_by, multiplier=_estimate(value, distribution, level).exp(),
-        p=2 * min(p, 1 - p), difference=_t_interval(differences(pairs), ids, level),
+        p=2 * min(p, 1 - p), difference=t_interval(differences(pairs), ids, level),
         by_size=_by_size(law, laws, pairs, ids, level), trends=_trends(law, effects, laws, pairs, ids, level),
         step_time=(time := _step_time(pairs, level)) and time.exp(),
         wall_clock=time and _minus(_estimate(value, distribution, level), time).exp(), law=law,
@@ -256,7 +256,8 @@ def _estimate(value: float, distribution: Callable[[float], float], level: float
     return Estimate(value, quantile((1 - level) / 2), quantile((1 + level) / 2))
 
 
-def _t_interval(values: Array, ids: Ids, level: float) -> Estimate:
+def t_interval(values: Array, ids: Ids, level: float) -> Estimate:
+    """Of the mean over clusters, which are independent of each other; a cluster weighs the same whatever its size."""
     means = np.bincount(ids, values) / np.bincount(ids)
     center = float(means.mean())
     if len(means) < 2:
@@ -311,7 +312,7 @@ def _step_time(pairs: Pairs, level: float) -> Estimate | None:
     if not timed:
         return None
     ratios = np.log(column_of(timed, 1, "step_time_s") / column_of(timed, 0, "step_time_s"))
-    return _t_interval(ratios, number([a.size for a, _ in timed]), level)
+    return t_interval(ratios, number([a.size for a, _ in timed]), level)
 
 
 def _minus(a: Estimate, b: Estimate) -> Estimate:

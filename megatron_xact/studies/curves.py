@@ -1,7 +1,7 @@
 """What run folders tell beyond the table: training curves and learned activation parameters, as pretraining wrote them.
 
-`progress.jsonl` has one record per interval with step, loss and tokens; `alphas.jsonl` one with step and the effective
-values by layer. Where a resumed run repeats a step, its later record counts.
+`progress.jsonl` has one record per interval with step, loss and tokens; `alphas.jsonl` and `statistics.jsonl` one with
+step and values by layer. Where a resumed run repeats steps, what it left behind does not count.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def read(run: Run, root: Path) -> Curves | None:
     folder = root / run.run
     if not run.run or not folder.is_dir():
         return None
-    progress = {r["step"]: r for r in _records(folder / "progress.jsonl")}
-    progress = [progress[step] for step in sorted(progress)]
-    alphas = {r["step"]: r["alphas"] for r in _records(folder / "alphas.jsonl")}
-    steps = sorted(alphas)
+    progress = records(folder / "progress.jsonl")
+    alphas = {r["step"]: r["alphas"] for r in records(folder / "alphas.jsonl")}
+    steps = list(alphas)
     names = list(next(iter(alphas[steps[0]].values()))) if steps else []
     over_time = {
         name: (
@@ -57,8 +56,21 @@ def final_alphas(run: Run, root: Path) -> dict[str, Array]:
     return {name: values[-1] for name, (_, values) in curves.alphas.items()} if curves else {}
 
 
-def _records(path: Path) -> list[dict]:
+def records(path: Path) -> list[dict]:
+    """By ascending step; [] where there is no such file.
+
+    A killed run may leave half a line, and a resumed one goes on right behind it.
+    """
     if not path.exists():
         return []
-    with open(path, encoding="utf-8") as file:  # a killed run may leave half a last line
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    kept: list[dict] = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line[max(0, line.rfind('{"step":')):])
+            except ValueError:
+                continue
+            while kept and kept[-1]["step"] >= record["step"]:
+                kept.pop()
+            kept.append(record)
+    return kept

@@ -20,6 +20,18 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a run's config asks for, as far as the FP8 gate must know."""
+
+    text: str  # of the resolved config, in TOML
+    fp8: bool
+    steps: int | None  # None: it counts samples instead
+    log_interval: int  # steps
+    statistics_interval: int  # steps; 0: none
+    save_interval: int | None  # steps
+
+
+@dataclass(frozen=True)
 class Outside:
     values: Callable
     """f(x) of an activation, (name, effective parameters, x) -> values, for the report's picture of it."""
@@ -27,3 +39,5 @@ class Outside:
     """Of a config file with overrides (TABLE.KEY=VALUE in TOML). ValueError, OSError: why it cannot be trained."""
     speed: Callable[[Path, list[str], str, int], float]
     """Tokens per second that `xact plan` expects of that on so many GPUs of a kind."""
+    asked: Callable[[Path, list[str]], Asked]
+    """Of a config file with overrides, as `model`."""

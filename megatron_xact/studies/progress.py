@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from megatron_xact.pretraining.planning.counts import flops_per_token
-from megatron_xact.studies import state
 
 if TYPE_CHECKING:
     from megatron_xact.studies.running import Task
@@ -17,7 +15,7 @@ LINE_EVERY, TABLE_EVERY = 60.0, 2.0  # seconds
 
 
 class Display:
-    def __init__(self, study: Path, tasks: list[Task]):
+    def __init__(self, study: Path, tasks: Sequence[Task]):
         self.study, self.tasks = study, tasks
         self.live = sys.stderr.isatty()
         self.drawn = 0  # lines of the table on the screen
@@ -27,10 +25,10 @@ class Display:
     def begin(self) -> None:
         self.at_start = self._work()
         there = sum(t.state == "finished" for t in self.tasks)
-        self.note(f"{self.study}: {len(self.tasks)} cells, {there} of them finished before")
+        self.note(f"{self.study}: {len(self.tasks)} runs, {there} of them finished before")
 
     def say(self, task: Task, what: str) -> None:
-        self.note(f"{task.cell.name}: {what}")
+        self.note(f"{task.run.name}: {what}")
 
     def note(self, line: str) -> None:
         self._wipe()
@@ -42,7 +40,7 @@ class Display:
             return
         self.shown = now
         if not self.live:
-            running = [t.cell.trunk.name for t in self.tasks if t.state == "running"]
+            running = [t.run.log.stem for t in self.tasks if t.state == "running"]
             self.note(f"{self._summary()}; running: {', '.join(running)}")
             return
         rows = self._rows()
@@ -60,12 +58,12 @@ class Display:
 
     def _rows(self) -> list[str]:
         running = [t for t in self.tasks if t.state == "running"]
-        width = max((len(t.cell.name) for t in running), default=0)
+        width = max((len(t.run.name) for t in running), default=0)
         rows = []
         for t in running:
-            share = state.done(t.cell, self.study) / t.cell.steps
+            share = t.run.done / t.run.steps
             bar = "#" * int(20 * share)
-            rows.append(f"  {t.cell.name:{width}}  [{bar:20}] {share:4.0%} of {t.cell.steps:,} steps")
+            rows.append(f"  {t.run.name:{width}}  [{bar:20}] {share:4.0%} of {t.run.steps:,} steps")
         return [*rows, f"  {self._summary()}"]
 
     def _summary(self) -> str:
@@ -74,22 +72,21 @@ class Display:
         return f"{told}; {self.left()}"
 
     def left(self) -> str:
-        """The time that is left at the pace so far, by FLOPs."""
+        """The time that is left at the pace so far, by work."""
         work = self._work()
         pace = (work - self.at_start) / max(1e-9, time.monotonic() - self.started)
-        rest = sum(_flops(t) for t in self.tasks if t.state != "failed") - work
+        rest = sum(_whole(t) for t in self.tasks if t.state != "failed") - work
         return f"ETA {duration(rest / pace)}" if pace > 0 else "ETA not known yet"
 
     def _work(self) -> float:
-        """FLOPs done of the cells that have not failed."""
+        """Done of the runs that have not failed."""
         share = {"finished": lambda t: 1.0, "failed": lambda t: 0.0}
-        partly = lambda t: state.done(t.cell, self.study) / t.cell.steps  # noqa: E731
-        return sum(_flops(t) * share.get(t.state, partly)(t) for t in self.tasks)
+        partly = lambda t: t.run.done / t.run.steps  # noqa: E731
+        return sum(_whole(t) * share.get(t.state, partly)(t) for t in self.tasks)
 
 
-def _flops(task: Task) -> float:
-    """That the cell itself trains."""
-    return flops_per_token(task.cell.trunk.shape) * task.cell.steps * task.cell.trunk.batch
+def _whole(task: Task) -> float:
+    return task.run.work * task.run.steps
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""`xact study run` on this machine: every cell of a study as a process of `xact pretrain`, several at a time.
+"""Runs of a study on this machine: each as a process of `xact pretrain`, several at a time.
 
-Where a cell stands is read from its folder, so that a broken-off study goes on wherever it was. A run that fails is
+Where a run stands is read from its folder, so that a broken-off study goes on wherever it was. A run that fails is
 started again, from its last checkpoint, a bounded number of times; one whose config or data are refused, or whose loss
 is NaN, would fail again and is not. Ctrl-C and SIGTERM let the runs save and end.
 """
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megatron_xact.studies import state
-from megatron_xact.studies.ladder import Cell, cells
+from megatron_xact.studies.ladder import cells
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.progress import Display
+from megatron_xact.studies.state import Run, run_of
 
 PRETRAIN = (sys.executable, "-m", "megatron_xact", "pretrain")
 # Exit codes of pretraining/exits.py.
@@ -34,10 +34,11 @@ GRACE = 300.0  # seconds that runs have to save and end
 
 @dataclass
 class Task:
-    cell: Cell
+    run: Run
     state: str = "waiting"  # running, finished, failed
-    after: Task | None = None  # the trunk that it leaves
+    after: Task | None = None  # waits for that one, e.g. for the trunk that it leaves
     attempts: int = 0
+    code: int | None = None  # exit code of the last attempt
     reason: str = ""
     slot: int = 0  # of `jobs`; decides its GPUs
     process: subprocess.Popen | None = field(default=None, repr=False)
@@ -49,12 +50,23 @@ class Task:
 
 def run(plan: Plan, folder: Path, jobs: int = 1, processes: int | None = None, retries: int = 2,
         pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
-    """The exit code: 0 if all cells are finished, 1 if some failed, 130 if interrupted.
+    """`train` for every cell of a planned study."""
+    tasks = [Task(run_of(cell, folder)) for cell in cells(plan.trunks)]
+    trunks = {cell.trunk.name: t for cell, t in zip(cells(plan.trunks), tasks, strict=True) if not cell.is_branch}
+    for cell, task in zip(cells(plan.trunks), tasks, strict=True):
+        if cell.is_branch:
+            task.after = trunks[cell.trunk.name]
+    return train(tasks, folder, jobs, processes, retries, pretrain)
+
+
+def train(tasks: Sequence[Task], folder: Path, jobs: int = 1, processes: int | None = None, retries: int = 2,
+          pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
+    """The exit code: 0 if all runs are finished, 1 if some failed, 130 if interrupted; the tasks tell more.
 
     processes: of each run; None: what its config needs. pretrain: the command before a run's words.
     """
     with _alone(folder):
-        return _Runs(plan, folder, jobs, processes, retries, pretrain).run()
+        return _Runs(tasks, folder, jobs, processes, retries, pretrain).run()
 
 
 def environment(jobs: int, processes: int) -> dict[str, str]:
@@ -90,23 +102,19 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another `xact study run` is at work in {folder}") from None
+            raise ValueError(f"another `xact study` is at work in {folder}") from None
         yield
 
 
 class _Runs:
-    def __init__(self, plan: Plan, folder: Path, jobs: int, processes: int | None, retries: int,
+    def __init__(self, tasks: Sequence[Task], folder: Path, jobs: int, processes: int | None, retries: int,
                  pretrain: Sequence[str]):  # fmt: skip
-        self.folder, self.jobs, self.retries, self.pretrain = folder, jobs, retries, list(pretrain)
+        self.tasks, self.jobs, self.retries, self.pretrain = tasks, jobs, retries, list(pretrain)
         self.own = ["--nproc-per-node", str(processes)] if processes else []
         self.environment = environment(jobs, processes or 1)
         self.gpus = [gpus_of(slot, found, jobs, processes) for slot in range(jobs)] if (found := gpus()) else None
-        self.tasks = [Task(cell) for cell in cells(plan.trunks)]
-        trunks = {t.cell.trunk.name: t for t in self.tasks if not t.cell.is_branch}
-        for task in self.tasks:
-            if task.cell.is_branch:
-                task.after = trunks[task.cell.trunk.name]
-            if state.is_finished(task.cell, folder):
+        for task in tasks:
+            if task.run.is_finished:
                 task.state = "finished"
         self.display = Display(folder, self.tasks)
         self.asked: int | None = None  # the signal that ends it
@@ -141,7 +149,7 @@ class _Runs:
                 self._poll(task)
         for task in self.tasks:
             if task.after is not None and task.after.state == "failed" and task.state == "waiting":
-                task.state, task.reason = "failed", f"its trunk {task.after.cell.name} failed"
+                task.state, task.reason = "failed", f"it follows {task.after.run.name}, which failed"
         for task in filter(lambda t: t.is_ready, self.tasks):
             if self._running() < self.jobs:
                 self._start(task)
@@ -150,19 +158,14 @@ class _Runs:
     def _running(self) -> int:
         return sum(t.state == "running" for t in self.tasks)
 
-    def _log(self, task: Task) -> Path:
-        leaf = f"+{task.cell.budget.steps}" if task.cell.is_branch else ""
-        return self.folder / "logs" / f"{task.cell.trunk.name}{leaf}.log"
-
     def _start(self, task: Task) -> None:
         task.attempts += 1
         task.slot = min(set(range(self.jobs)) - {t.slot for t in self.tasks if t.state == "running"})
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[task.slot])} if self.gpus else {}
-        path = self._log(task)
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "a") as log:
+        task.run.log.parent.mkdir(exist_ok=True)
+        with open(task.run.log, "a") as log:
             task.process = subprocess.Popen(
-                [*self.pretrain, *state.words(task.cell, self.folder), *self.own],
+                [*self.pretrain, *task.run.words, *self.own],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment | mine,
                 start_new_session=True,  # Ctrl-C reaches us alone; we let them save
             )  # fmt: skip
@@ -173,12 +176,12 @@ class _Runs:
         assert task.process is not None
         if (code := task.process.poll()) is None:
             return
-        task.process = None
-        if code == 0 and state.is_finished(task.cell, self.folder):
+        task.process, task.code = None, code
+        if code == 0 and task.run.is_finished:
             task.state = "finished"
             self.display.say(task, "finished")
             return
-        with open(self._log(task), "rb") as log:
+        with open(task.run.log, "rb") as log:
             task.reason = _reason(code, log)
         if self.asked is not None or (code not in HOPELESS and task.attempts <= self.retries):
             task.state = "waiting"
@@ -204,9 +207,9 @@ class _Runs:
     def _verdict(self) -> int:
         failed = [t for t in self.tasks if t.state == "failed"]
         finished = sum(t.state == "finished" for t in self.tasks)
-        print(f"{finished} of {len(self.tasks)} cells finished, {len(failed)} failed")
+        print(f"{finished} of {len(self.tasks)} runs finished, {len(failed)} failed")
         for task in failed:
-            print(f"failed       {task.cell.name}: {task.reason}" + (f"; {self._log(task)}" if task.attempts else ""))
+            print(f"failed       {task.run.name}: {task.reason}" + (f"; {task.run.log}" if task.attempts else ""))
         if self.asked is not None:
             print("xact: interrupted; the same command goes on", file=sys.stderr)
             return INTERRUPTED

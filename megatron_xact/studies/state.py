@@ -1,14 +1,66 @@
-"""How far a cell is, from what its run has written; and the command that trains it."""
+"""How far a run is, from what it has written; and the command that trains it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_xact.pretraining.planning.counts import flops_per_token
 from megatron_xact.studies.ladder import Cell
 
 REPORT = "report.json"
 SPEEDS = "speeds.json"  # of `xact study plan --measure`: {size: {activation: tokens per second}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `xact pretrain`: what to call it, and how far it is."""
+
+    name: str
+    folder: Path
+    words: tuple[str, ...]  # behind `xact pretrain`
+    log: Path
+    last: int  # step at which it ends
+    first: int = 0  # step at which it begins: a branch's, where it leaves its trunk
+    work: float = 1.0  # of one step, in a unit that the runs of a study share: FLOPs, say
+
+    @property
+    def steps(self) -> int:
+        """That it trains itself."""
+        return self.last - self.first
+
+    @property
+    def done(self) -> int:
+        """Of `steps`, how many are trained, by what it has told last."""
+        try:
+            with open(self.folder / "progress.jsonl", "rb") as file:
+                file.seek(0, 2)
+                file.seek(max(0, file.tell() - 4096))
+                lines = file.read().splitlines()
+        except OSError:
+            lines = []
+        for line in reversed(lines):
+            try:
+                return min(int(json.loads(line)["step"]), self.last) - self.first
+            except (ValueError, KeyError, TypeError):
+                continue
+        return 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Written at a run's end, also of one that was asked to end early: so the step counts too."""
+        return report_of(self.folder).get("step") == self.last
+
+
+def run_of(cell: Cell, study: Path) -> Run:
+    leaf = f"+{cell.budget.steps}" if cell.is_branch else ""
+    return Run(
+        name=cell.name, folder=study / cell.folder, words=tuple(words(cell, study)),
+        log=study / "logs" / f"{cell.trunk.name}{leaf}.log", last=cell.budget.steps,
+        first=cell.budget.leaves if cell.is_branch else 0,
+        work=flops_per_token(cell.trunk.shape) * cell.trunk.batch,
+    )  # fmt: skip
 
 
 def report_of(folder: Path) -> dict:
@@ -36,30 +88,7 @@ def measured_speeds(study: Path) -> dict[tuple[str, str], float]:
 
 
 def is_finished(cell: Cell, study: Path) -> bool:
-    """Written at a run's end, also of one that was asked to end early: so the step counts too."""
-    return report_of(study / cell.folder).get("step") == cell.budget.steps
-
-
-def step_of(cell: Cell, study: Path) -> int:
-    """The last step that the run has told of; a branch counts from its trunk's beginning."""
-    try:
-        with open(study / cell.folder / "progress.jsonl", "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().splitlines()
-    except OSError:
-        lines = []
-    for line in reversed(lines):
-        try:
-            return min(int(json.loads(line)["step"]), cell.budget.steps)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return cell.budget.leaves if cell.is_branch else 0
-
-
-def done(cell: Cell, study: Path) -> int:
-    """Of `cell.steps`, how many are trained."""
-    return step_of(cell, study) - (cell.budget.leaves if cell.is_branch else 0)
+    return run_of(cell, study).is_finished
 
 
 def words(cell: Cell, study: Path) -> list[str]:

@@ -16,6 +16,12 @@ UNRESOLVED = 0.05  # of p: what is called a trend
 UNDETERMINED = 1000  # high / low of an interval: what is not worth a number
 
 
+def lines(title: str, told: list[tuple[str, str]]) -> str:
+    """(subject, sentence) pairs in two columns under a title."""
+    width = max(len(subject) for subject, _ in told)
+    return "\n".join([title, *(f"  {subject:{width}}  {sentence}" for subject, sentence in told)])
+
+
 def law_of(fit: Fit) -> str:
     """L = 1.69 + 406 N^-0.34 + 411 D^-0.28"""
     E, A, B, alpha, beta = (float(fitting.quantity_of(fit.law, q)) for q in ("E", "A", "B", "alpha", "beta"))

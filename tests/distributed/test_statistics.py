@@ -209,10 +209,19 @@ def function(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return gate, sigmoid * (1 - sigmoid), sigmoid * up
 
 
+def in_e4m3(y: np.ndarray) -> np.ndarray:
+    """y under the power of two that maps its largest magnitude closest to, not beyond, 448, rounded to 1 + 3 bits."""
+    scale = 2.0 ** np.floor(np.log2(448 / np.abs(y).max()))
+    exponent = np.maximum(np.floor(np.log2(np.abs(y * scale), where=y != 0, out=np.full(y.shape, -np.inf))), -6)
+    step = 2.0 ** (exponent - 3)
+    return np.round(y * scale / step) * step / scale  # to even
+
+
 def expected(x: np.ndarray, slope: np.ndarray, y: np.ndarray) -> dict[str, float]:
     """All [tokens, units], fp64."""
     rms = np.sqrt((y**2).mean())
     near = np.abs(y) <= NEAR_ZERO * rms
+    q = in_e4m3(y)
     return {
         "preact_negative": (x < 0).mean(),
         "preact_negative_slope": (slope < 0).mean(),
@@ -225,6 +234,8 @@ def expected(x: np.ndarray, slope: np.ndarray, y: np.ndarray) -> dict[str, float
         "postact_max": np.abs(y).max(),
         "postact_max_over_rms": np.abs(y).max() / rms,
         "postact_kurtosis": (y**4).mean() / (y**2).mean() ** 2,
+        "postact_fp8_error": np.sqrt(((q - y) ** 2).sum() / (y**2).sum()),
+        "postact_fp8_flushed": ((q == 0) & (y != 0)).sum() / (y != 0).sum(),
     }
 
 
@@ -276,6 +287,8 @@ def test_the_models_show_what_there_is_to_count(runs):
     assert 0 < values["xielu"]["preact_negative_slope"] < values["xielu"]["preact_negative"] < 0.7
     assert values["xsilu_glu1"]["preact_negative_slope"] == 0
     assert all(value["postact_kurtosis"] > 2 for value in values.values())
+    assert all(0.01 < value["postact_fp8_error"] < 0.04 for value in values.values())  # half of 2^-4 .. 2^-3
+    assert 0 < values["relu2"]["postact_fp8_flushed"] < 0.02  # its values crowd at 0
 
 
 @pytest.mark.parametrize("name, layout", CASES, ids=str)
@@ -306,5 +319,6 @@ def test_a_layer_of_zeros_or_nan_is_told_as_such(runs):
     assert zeros["postact_zero"] == zeros["postact_near_zero"] == zeros["postact_dead"] == 1
     told = json.loads(json.dumps(finite(zeros), allow_nan=False))
     assert told["postact_kurtosis"] is None and told["postact_rms"] == 0 and told["preact_rms"] == 1
+    assert told["postact_fp8_error"] is None and told["postact_fp8_flushed"] is None
     assert finite(nan)["postact_rms"] is None and finite(nan)["preact_max"] is None
     assert set(told) == set(STATISTICS)

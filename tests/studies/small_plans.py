@@ -73,7 +73,7 @@ if todo == "wait":
 if todo:
     print("xact: error: that was planned", file=sys.stderr)
     sys.exit(todo)
-(save / "progress.jsonl").write_text(json.dumps({"step": steps}) + "\\n")
+(save / "progress.jsonl").write_text(json.dumps({"step": steps, "loss": 3.0}) + "\\n")
 (save / "report.json").write_text(json.dumps({"step": steps, "validation_loss": 3.0}))
 '''
 

@@ -39,7 +39,7 @@ def test_everything_is_trained_once_trunks_first(tmp_path, capfd):
     assert sorted(started(tmp_path)) == sorted([*TRUNKS, *(f"{t}/{branch}" for t in TRUNKS)])
     assert all(state.is_finished(c, tmp_path) for c in cells(study.trunks))
     told = capfd.readouterr()
-    assert "4 of 4 cells finished, 0 failed" in told.out
+    assert "4 of 4 runs finished, 0 failed" in told.out
     assert told.err.count(": finished") == 4
     assert run(study, tmp_path) == 0  # nothing is started again
     assert len(started(tmp_path)) == 4
@@ -63,7 +63,7 @@ def test_failures_are_retried_bounded_and_named(tmp_path, capfd):
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("failed")]
     assert len(lines) == 2
     assert "a-swiglu-s1 at" in lines[0] and "exit code 1: error: that was planned" in lines[0]
-    assert "its trunk a-swiglu-s1 at" in lines[1]
+    assert "it follows a-swiglu-s1 at" in lines[1]
     assert run(study, tmp_path) == 0  # the next command does what is left
     assert len(started(tmp_path)) == 8
 
@@ -92,7 +92,7 @@ def test_interrupted_runs_save_and_the_same_command_goes_on(tmp_path, number):
         while not all((tmp_path / t / "waiting").exists() for t in TRUNKS):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
-        with pytest.raises(ValueError, match="another `xact study run` is at work"):
+        with pytest.raises(ValueError, match="another `xact study` is at work"):
             run(study, tmp_path)
         process.send_signal(number)
         assert process.wait(60) == 130
