@@ -45,6 +45,7 @@ SECTIONS = {
     "mlp": mlp.mlp,
     "te": te.te,
     "training": training.training,
+    "fp8-gate": training.fp8_gate,
     "plan": memory.plan,
 }
 

@@ -28,12 +28,12 @@ def test_without_a_gpu_it_says_so():
 def test_its_logic_on_the_cpu(tmp_path):
     out = tmp_path / "result.json"
     done = suite("--device", "cpu", "--only", "accuracy", "sums", "huge", "determinism", "memory", "bandwidth",
-                 "training", "fp8-mlp", "mlp", "--out", out)  # fmt: skip
+                 "training", "fp8-gate", "fp8-mlp", "mlp", "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     status = {name: section["status"] for name, section in result["sections"].items()}
     ran = ["accuracy", "sums", "huge", "determinism", "bandwidth", "fp8-mlp", "mlp"]
-    assert status == dict.fromkeys(ran, "ok") | dict.fromkeys(["memory", "training"], "skipped")
+    assert status == dict.fromkeys(ran, "ok") | dict.fromkeys(["memory", "training", "fp8-gate"], "skipped")
     assert result["machine"]["versions"]["torch"] and result["quick"]
     measured = result["sections"]["bandwidth"]["data"]["measurements"]
     assert {m["direction"] for m in measured} == {"forward", "backward"}
