@@ -39,6 +39,17 @@ class Identity:
         return torch.ones_like(x), {}
 
 
+@dataclass(frozen=True)
+class SquaredReLUOfOutput:
+    """y = max(x, 0)^2 -> y, and SquaredReLU's slope at x: of a rounded y, with half its relative error."""
+
+    def value(self, y: Tensor, p: Values) -> Tensor:
+        return y
+
+    def slopes(self, y: Tensor, p: Values) -> tuple[Tensor, Grads]:
+        return 2.0 * torch.sqrt(y), {}
+
+
 def normal_tanh(x: Tensor) -> Tensor:
     """(1 + tanh u) / 2 = sigmoid(2u), which does not cancel for negative x."""
     return torch.sigmoid(_two_u(x))
@@ -60,8 +71,10 @@ GELU = SelfGated(normal, dnormal)
 GELU_PAPER = "Hendrycks & Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415"
 GLU_PAPER = "Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202"
 
-# No activation to train with, so not among the records: with it, a kernel around an activation does the rest alone.
+# No activations to train with, so not among the records. With the first, a kernel around an activation does the rest
+# alone; with the other, a backward kernel takes the output for the input.
 IDENTITY = Activation("identity", "x", "", Identity())
+RELU2_OF_OUTPUT = Activation("relu2_of_output", "y", "", SquaredReLUOfOutput())
 
 RECORDS = (
     Activation(
@@ -74,6 +87,7 @@ RECORDS = (
         SquaredReLU(),
         aliases=("squared_relu",),
         hf="relu2",
+        of_output=RELU2_OF_OUTPUT,
     ),
     Activation("gelu", "x Phi(x), Phi = normal cdf", GELU_PAPER, GELU, hf="gelu"),
     Activation(

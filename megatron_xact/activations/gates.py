@@ -3,7 +3,7 @@
 g is a gate in (0, 1). The expanded gate g(x) (1 + 2a) - a lies in (-a, 1 + a); a = 0 is the plain one. Each
 has two gated linear units: first order, expanded gate(xW) * xV, and second order, activation(xW) * xV. xELU
 is not self-gated, so it has no first order. Nothing cancels in a tail or near 0: erfc and atan2 make g for
-negative x, and tanh, erf and atan make d gate / da = 2g - 1.
+negative x, and expm1, erf and atan make d gate / da = 2g - 1.
 
 At x = -inf, functions (xELU too) give nan for a = 0 (0 * -inf, as in torch's silu and gelu), else
 sign(a) * inf; expanded gates give -a. At x = +inf, functions give +inf while a > -1, gates 1 + a.
@@ -32,11 +32,15 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def dsigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x) * torch.sigmoid(-x)  # 1 - sigmoid(x) would lose its bits for large x
+    """g (1 - g), where for large x the difference would lose its bits."""
+    g = sigmoid(x)  # that of the value: compiled code computes it once
+    return g * torch.where(x > 0, torch.exp(-x) * g, 1.0 - g)
 
 
 def sigmoid_odd(x: Tensor) -> Tensor:
-    return torch.tanh(0.5 * x)
+    g = sigmoid(x)
+    magnitude = -torch.expm1(-x.abs()) * torch.maximum(g, 1.0 - g)
+    return torch.where(x > 0, magnitude, -magnitude)
 
 
 def normal(x: Tensor) -> Tensor:

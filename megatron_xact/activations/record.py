@@ -9,7 +9,7 @@ carries d effective / d raw.
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,6 +53,7 @@ class Activation:
     hf:        transformers' ACT2FN name of the same function at init (of the gate's activation where gated).
     eps:       0, or the negative clamp of code that uses min(x, eps): it changes the value, not the slopes.
     clamped:   value with that clamp; None for records that have none.
+    of_output: where y alone tells the slope, a record that is given y for x: it returns y, and that slope.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Activation:
     hf: str | None = None
     eps: float = 0.0
     clamped: Callable[[Tensor, Values, float], Tensor] | None = None
+    of_output: "Activation | None" = None
 
     @property
     def trainable(self) -> tuple[Parameter, ...]:
@@ -106,6 +108,14 @@ class Activation:
         """(df/dx, {symbol: df/dparameter} for every parameter, trainable or not), pointwise, in x's dtype."""
         return self.maths.slopes(x, _like(x, p))
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of y, for x of this shape."""
+        if not self.gated:
+            return tuple(shape)
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(shape)}")
+        return *shape[:-1], shape[-1] // 2
+
     def forward(self, x: Tensor, p: Values) -> Tensor:
         """y in x's dtype. Ungated: value(x). Gated: [gate, up] = x [..., 2F] -> value(gate) * up [..., F].
 
@@ -113,10 +123,9 @@ class Activation:
         the only use of eps is bit parity with code that rounds after each op.
         """
         z = x if self.eps else _widen(x)
-        if not self.gated:
-            return self.value(z, p).to(x.dtype)
-        gate, up = _gate_up(z)
-        return (self.value(gate, p) * up).to(x.dtype)
+        gate, up = self._gate_up(z)
+        y = self.value(gate, p)
+        return (y if up is None else y * up).to(x.dtype)
 
     def backward(self, x: Tensor, p: Values, dy: Tensor) -> tuple[Tensor, Grads]:
         """(dx in x's dtype, {symbol: sum over elements, 0-dim, fp32 or wider} of *trainable* parameters).
@@ -124,20 +133,26 @@ class Activation:
         Analytic, and in fp32 or wider throughout. These are gradients of effective values; autograd through
         `effective` turns them into those of raw ones.
         """
+        parts, sums = self.backward_in_parts(x, p, dy)
+        return torch.cat(parts, dim=-1) if self.gated else parts[0], sums
+
+    def backward_in_parts(self, x: Tensor, p: Values, dy: Tensor) -> tuple[tuple[Tensor, ...], Grads]:
+        """As `backward`, with dx as what is joined along its last dimension: (dgate, dup), or (dx,) where not gated."""
         z = _widen(x)
         dy = dy.to(z.dtype)
-        if self.gated:
-            gate, up = _gate_up(z)
-            dvalue = dy * up
-            slope, partials = self.slopes(gate, p)
-            halves = dvalue * slope, dy * self.value(gate, p)
-            # Rounded before they are joined: a compiler fuses that into the pass that computes them.
-            dx = torch.cat([half.to(x.dtype) for half in halves], dim=-1)
-        else:
-            dvalue = dy
-            slope, partials = self.slopes(z, p)
-            dx = (dvalue * slope).to(x.dtype)
-        return dx, {q.symbol: (dvalue * partials[q.symbol]).sum() for q in self.trainable}
+        gate, up = self._gate_up(z)
+        slope, partials = self.slopes(gate, p)
+        dvalue = dy if up is None else dy * up
+        parts = (dvalue * slope,) if up is None else (dvalue * slope, dy * self.value(gate, p))
+        sums = {q.symbol: (dvalue * partials[q.symbol]).sum() for q in self.trainable}
+        return tuple(part.to(x.dtype) for part in parts), sums
+
+    def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the function is applied to, and what multiplies its value, if anything does."""
+        if not self.gated:
+            return x, None
+        self.output_shape(x.shape)  # refuses an odd one
+        return x.chunk(2, dim=-1)
 
     def configured(
         self, *, trainable: Iterable[str] | None = None, eps: float = 0.0, init: Mapping[str, float]
@@ -205,10 +220,3 @@ def _widen(x: Tensor) -> Tensor:
 def _like(x: Tensor, p: Values) -> Values:
     """Tensors as 0-dim ones of x's dtype: (1,) would reshape a 0-dim x, and fp32 would promote bf16."""
     return {s: v.to(x.dtype).reshape(()) if isinstance(v, Tensor) else v for s, v in p.items()}
-
-
-def _gate_up(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dim() == 0 or x.shape[-1] % 2:
-        raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(x.shape)}")
-    gate, up = x.chunk(2, dim=-1)
-    return gate, up

@@ -44,15 +44,23 @@ def backward(
     emit_y: bool = False,
 ) -> Backward:
     """What `Backward` holds; y, for the gradient of the weight that follows, only with emit_y."""
-    y = forward(activation, x, p, bias, scale) if emit_y else None
+    parts, dp, dbias, dscale = backward_in_parts(activation, x, p, dy, bias, scale)
+    dx = torch.cat(parts, dim=-1) if activation.gated else parts[0]
+    return Backward(dx, dp, dbias, dscale, forward(activation, x, p, bias, scale) if emit_y else None)
+
+
+def backward_in_parts(
+    activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Grads, Tensor | None, Tensor | None]:
+    """(dx in the parts of `Activation.backward_in_parts`, gradients of parameters, of bias, of scale)."""
     if bias is None and scale is None:
-        return Backward(*activation.backward(x, p, dy), y=y)
+        return *activation.backward_in_parts(x, p, dy), None, None
     z = _biased(x, bias)
     dy = dy.to(z.dtype)
-    dz, dp = activation.backward(z, p, dy if scale is None else dy * scale.unsqueeze(-1))
-    dbias = dz.reshape(-1, dz.shape[-1]).sum(0) if bias is not None else None
+    parts, dp = activation.backward_in_parts(z, p, dy if scale is None else dy * scale.unsqueeze(-1))
+    dbias = torch.cat([part.reshape(-1, part.shape[-1]).sum(0) for part in parts]) if bias is not None else None
     dscale = (dy * activation.forward(z, p)).sum(-1) if scale is not None else None
-    return Backward(dz.to(x.dtype), dp, dbias, dscale, y)
+    return tuple(part.to(x.dtype) for part in parts), dp, dbias, dscale
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -128,7 +128,7 @@ def forward(
 ) -> Tensor:
     """As `reference.forward`, in one pass."""
     x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
-    y = x.new_empty(_output_shape(activation, x))
+    y = x.new_empty(activation.output_shape(x.shape))
     if y.numel():
         grid, options = _launch(activation, p, rows, columns, TILE)
         with device_of(x):
@@ -156,7 +156,7 @@ def backward(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     dx = torch.empty_like(x)
-    y = x.new_empty(_output_shape(activation, x)) if emit_y else None
+    y = x.new_empty(activation.output_shape(x.shape)) if emit_y else None
     dp = partial_sums(len(learned), *grid)
     dbias = partial_sums(triton.cdiv(rows, options["TILE_ROWS"]), x.shape[-1]) if bias is not None else None
     dscale = partial_sums(rows, column_blocks) if scale is not None else None
@@ -178,17 +178,9 @@ def backward(
 
 def _matrix(activation: Activation, x: Tensor, rowwise: bool) -> tuple[Tensor, int, int]:
     """(x contiguous, rows, columns of y). A strided x is copied: its elements would not be 16 adjacent bytes anyway."""
-    if activation.gated and (x.dim() == 0 or x.shape[-1] % 2):
-        raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(x.shape)}")
+    *rows, columns = activation.output_shape(x.shape) or (1,)
     x = x.contiguous()
-    if not activation.gated and not rowwise:
-        return x, 1, x.numel()
-    width = x.shape[-1]
-    return x, math.prod(x.shape[:-1]), width // (2 if activation.gated else 1)
-
-
-def _output_shape(activation: Activation, x: Tensor) -> tuple[int, ...]:
-    return (*x.shape[:-1], x.shape[-1] // 2) if activation.gated else tuple(x.shape)
+    return (x, math.prod(rows), columns) if activation.gated or rowwise else (x, 1, x.numel())
 
 
 def _launch(activation: Activation, p: Values, rows: int, columns: int, tile: int) -> tuple[tuple[int], dict]:

@@ -1,6 +1,8 @@
 """The one door `apply_activation`: gradients, what it saves, and the fused CPU path against fp64."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,34 @@ def test_fused_cpu_path_gives_the_same_bits_twice():
     (y1, dx1, d1), (y2, dx2, d2) = forward_backward(record, x, dy), forward_backward(record, x, dy)
     assert torch.equal(y1, y2) and torch.equal(dx1, dx2)
     assert all(torch.equal(d1[key], d2[key]) for key in d1)
+
+
+@needs_compiler
+def test_the_compiled_backward_is_one_pass_for_any_number_of_rows():
+    """dx in both halves and the sum; and no constant of a record (here the 2 of x^2) is left to be computed with."""
+    from torch._dynamo import config
+    from torch._inductor.utils import run_and_get_code
+
+    for name in ("xsilu_glu2", "xiprelu"):
+        record = activations.get(name)
+        p = {q.symbol: torch.tensor([q.init]) if q.trainable else q.init for q in record.parameters}
+        x, dy = inputs(record, cpu.MIN_ELEMENTS // 64, torch.bfloat16)
+        _, codes = run_and_get_code(cpu.backward, record, x, p, dy)
+        assert len(codes) == 1 and codes[0].count("for(int64_t x0=") == 1 and ".pow(" not in codes[0]
+        x, dy = inputs(record, 3000, torch.bfloat16)
+        with config.patch(error_on_recompile=True):
+            result = cpu.backward(record, x.view(1000, 3, -1), p, dy.view(1000, 3, -1))
+        torch.testing.assert_close(result.dx.view_as(x), reference.backward(record, x, p, dy).dx, rtol=2**-7, atol=0)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no huge pages here")
+def test_large_results_ask_for_huge_pages():
+    result = cpu._empty((cpu.ALWAYS_FRESH,), torch.float16)
+    inside = result.data_ptr() + result.nbytes // 2
+    places = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    ranges = [[int(end, 16) for end in place.split()[0].split("-")] for place in places]
+    (place,) = (place for place, (start, end) in zip(places, ranges, strict=True) if start <= inside < end)
+    assert "hg" in re.search(r"VmFlags:(.*)", place)[1].split()
 
 
 def test_small_fp64_and_clamped_inputs_are_served_by_the_reference():

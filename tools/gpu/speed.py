@@ -60,9 +60,9 @@ def peers(context: Context, data: dict) -> str:
     """The published formula (eager, torch.compile), TransformerEngine's and Liger's kernels, where importable."""
     tokens, columns = (64, 768) if context.quick else (TOKENS, 12288)
     found = benchmark.compare(["xielu", "relu2", "swiglu"], [torch.bfloat16], tokens, columns, context.device, 30)
-    for name, contender, call in _others(data):
+    for name, contender, call, learned in _others(context, data):
         found += benchmark.measure(contender, call, activations.get(name), torch.bfloat16, tokens, columns,
-                                   context.device, 30)  # fmt: skip
+                                   context.device, 30, learned)  # fmt: skip
     for m in found:
         print(f"{m.activation:10}{m.contender:16}{m.direction:10}{m.median * 1e3:9.3f} ms", flush=True)
     data["measurements"] = [m.as_dict() for m in found]
@@ -74,9 +74,13 @@ def peers(context: Context, data: dict) -> str:
     return f"xielu: {ratio:.2f} x the speed of the compiled published formula, forward + backward"
 
 
-def _others(data: dict):
-    """(activation, contender, call) of what is installed; why not, for the rest, in data["absent"]."""
+def _others(context: Context, data: dict):
+    """(activation, contender, call, its parameters) of what is installed; why not, for the rest, in data["absent"].
+
+    PolyNorm, another function of learned coefficients (of x^3, x^2 and x, normalized by row), is set beside xIELU.
+    """
     data["absent"] = absent = {}
+    polynorm = {"weight": torch.full((3,), 1 / 3, device=context.device), "bias": torch.ones((), device=context.device)}
 
     def te(op: str):
         layer = getattr(importlib.import_module("transformer_engine.pytorch.ops"), op)()
@@ -90,14 +94,20 @@ def _others(data: dict):
         function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
         return lambda x, raw: function.apply(*(half.contiguous() for half in x.chunk(2, -1)))
 
-    for name, contender, make in (
-        ("relu2", "TE SReLU", lambda: te("SReLU")),
-        ("swiglu", "TE SwiGLU", lambda: te("SwiGLU")),
-        ("relu2", "Liger", liger_relu2),
-        ("swiglu", "Liger", liger_swiglu),
+    def liger_polynorm():
+        function = importlib.import_module("liger_kernel.ops.poly_norm").LigerPolyNormFunction
+        # not in place: that would write dx over the dy which the next repetition needs
+        return lambda x, learned: function.apply(x, learned["weight"], learned["bias"], 1e-6, False)
+
+    for name, contender, make, learned in (
+        ("relu2", "TE SReLU", lambda: te("SReLU"), {}),
+        ("swiglu", "TE SwiGLU", lambda: te("SwiGLU"), {}),
+        ("relu2", "Liger", liger_relu2, {}),
+        ("swiglu", "Liger", liger_swiglu, {}),
+        ("xielu", "Liger PolyNorm", liger_polynorm, {n: t.requires_grad_() for n, t in polynorm.items()}),
     ):
         try:
-            yield name, contender, make()
+            yield name, contender, make(), learned
         except (ImportError, AttributeError, OSError) as error:
             absent[f"{contender} {name}"] = f"{type(error).__name__}: {error}"
 
