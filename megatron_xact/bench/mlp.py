@@ -1,5 +1,6 @@
 """`xact bench mlp`: an MLP forward and backward at the shapes of a run, each way it can go, and the way a run chooses.
 
+Of the fused backends every tile of the two kernels is shown too, fastest first: the MLP is timed with the first ones.
 The choice is the run's own (`kernels.mlp_choice`): what is measured here is remembered for it, and what it has measured
 is shown here, unless --refresh measures it anew. Peers are measured each time.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ class Row:
     seconds: dict[str, float]
     chosen: str
     reason: str
+    tiles: dict[str, dict[str, dict[str, float | None]]]  # backend -> direction -> tile -> seconds of the kernel alone
 
     @property
     def name(self) -> str:
@@ -99,11 +102,11 @@ def _row(record, tokens, hidden, ffn, tp, dtype, args, device) -> Row:
     choice = mlp_choice.choose(record, shape, device, candidates, refresh=args.refresh)
     why = "; ".join([choice.reason, *(f"{backend}: {reason}" for backend, reason in reasons.items())])
     # Unfused is measured in any case: without candidates nothing was to be chosen, and nothing was measured.
-    seconds = choice.seconds or mlp_timing.measure(record, shape, device, [], args.repeats)[0]
+    seconds = choice.seconds or mlp_timing.measure(record, shape, device, [], args.repeats).seconds
     seconds = mlp_timing.peers(record, shape, device, args.repeats) | seconds
     return Row(
         record.name, tokens, hidden, shape.ffn, tp, str(dtype).removeprefix("torch."), args.bias,
-        shape.flops(record), seconds, choice.backend, why,
+        shape.flops(record), seconds, choice.way.backend, why, choice.tiles,
     )  # fmt: skip
 
 
@@ -118,6 +121,11 @@ def table(rows: Sequence[Row], header: bool = True) -> str:
             lines.append(
                 f" {mark}{contender:16}{seconds * 1e3:10.3f}{row.flops / seconds / 1e12:10.2f}{seconds / floor:9.2f}x"
             )
+        for backend, directions in row.tiles.items():
+            for direction, tiles in directions.items():
+                order = sorted(tiles, key=lambda tile: tiles[tile] or math.inf)
+                told = ", ".join(f"{t} {tiles[t] * 1e3:.3f} ms" if tiles[t] else f"{t} left out" for t in order)
+                lines.append(f"  {backend} {direction}: {told}")
         lines.append(f"  {row.chosen}: {row.reason}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,7 +88,21 @@ def measure(
     repeats: int,
     parameters: dict[str, Tensor] | None = None,
 ) -> list[Measurement]:
-    """Forward, and backward of the same graph: d x and d parameters for a dense d y.
+    """As `measure_in_turns`, of one contender."""
+    return measure_in_turns({contender: call}, activation, dtype, rows, columns, device, repeats, parameters)
+
+
+def measure_in_turns(
+    calls: dict[str, Call],
+    activation: Activation,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    repeats: int,
+    parameters: dict[str, Tensor] | None = None,
+) -> list[Measurement]:
+    """Forward, and backward of the same graph: d x and d parameters for a dense d y; the contenders take turns.
 
     parameters: what the call is given and differentiated by; None: raw ones at their initial values, by name.
     """
@@ -99,17 +114,26 @@ def measure(
         initial = activation.initial_raw().items()
         parameters = {name: torch.tensor([v], device=device, requires_grad=True) for name, v in initial}
     inputs = [x, *parameters.values()]
-    forward = clock(lambda: call(x, parameters), device, repeats)
-    y = call(x, parameters)
-    backward = clock(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True), device, repeats)
+    forward = clock_in_turns([partial(call, x, parameters) for call in calls.values()], device, repeats)
+    graphs = [call(x, parameters) for call in calls.values()]
+    backward = clock_in_turns(
+        [partial(torch.autograd.grad, y, inputs, dy, retain_graph=True) for y in graphs], device, repeats
+    )
 
-    def result(direction: str, elements: int, seconds: list[float]) -> Measurement:
+    def result(contender: str, direction: str, elements: int, seconds: list[float]) -> Measurement:
         return Measurement(
             contender, activation.name, str(dtype).removeprefix("torch."), rows, columns, direction,
             elements * rows * dtype.itemsize, seconds,
         )  # fmt: skip
 
-    return [result(FORWARD, width + columns, forward), result(BACKWARD, 2 * width + columns, backward)]
+    return [
+        measurement
+        for contender, there, back in zip(calls, forward, backward, strict=True)
+        for measurement in (
+            result(contender, FORWARD, width + columns, there),
+            result(contender, BACKWARD, 2 * width + columns, back),
+        )
+    ]
 
 
 def copy_ceiling(num_bytes: int, device: torch.device, repeats: int) -> float:
@@ -119,42 +143,55 @@ def copy_ceiling(num_bytes: int, device: torch.device, repeats: int) -> float:
     return 2 * num_bytes / statistics.median(clock(lambda: target.copy_(source), device, repeats))
 
 
-def clock(call: Callable[[], object], device: torch.device, repeats: int, warmup: int = 3) -> list[float]:
-    """Seconds of each call, after some that do not count (compilation, caches).
+def clock(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls."""
+    return clock_in_turns([call], device, repeats)[0]
 
-    On a GPU by its own events, queued behind a pause long enough that launching never keeps the GPU waiting.
+
+def clock_in_turns(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, warmup: int = 3
+) -> list[list[float]]:
+    """Per call its seconds, `repeats` times, after some that do not count (compilation, caches).
+
+    In turns, so that what else the machine does meets all alike. On a GPU by its own events, queued behind a pause long
+    enough that launching never keeps the GPU waiting.
     """
     for _ in range(warmup):
-        call()
-    if device.type != "cuda":
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+        for call in calls:
             call()
-            seconds.append(time.perf_counter() - start)
+    seconds: list[list[float]] = [[] for _ in calls]
+    if device.type != "cuda":
+        for _ in range(repeats):
+            for call, found in zip(calls, seconds, strict=True):
+                start = time.perf_counter()
+                call()
+                found.append(time.perf_counter() - start)
         return seconds
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(repeats)]
     torch.cuda.synchronize(device)
     torch.cuda._sleep(200_000_000)  # clock cycles: about 0.1 s
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
+    for turn in events:
+        for call, (start, end) in zip(calls, turn, strict=True):
+            start.record()
+            call()
+            end.record()
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+    for turn in events:
+        for found, (start, end) in zip(seconds, turn, strict=True):
+            found.append(start.elapsed_time(end) / 1e3)
+    return seconds
 
 
 def compare(
     names: Sequence[str], dtypes: Sequence[torch.dtype], rows: int, columns: int, device: torch.device, repeats: int
 ) -> list[Measurement]:
-    """Every contender for every activation and dtype, one after the other."""
+    """Every contender for every activation and dtype."""
     found = []
     for name in names:
         activation = activations.get(name)
         for dtype in dtypes:
             torch.compiler.reset()  # after eight compilations of one function torch.compile would run it eagerly
-            for contender, call in contenders(activation).items():
-                found += measure(contender, call, activation, dtype, rows, columns, device, repeats)
+            found += measure_in_turns(contenders(activation), activation, dtype, rows, columns, device, repeats)
     return found
 
 

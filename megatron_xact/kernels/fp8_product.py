@@ -20,7 +20,7 @@ from megatron_xact.kernels import fp8
 from megatron_xact.kernels.fp8 import PerTensor, Quantized, gpu_has_fp8
 
 VALUES = torch.float8_e4m3fn  # of activations and weights
-GRADIENTS = torch.float8_e5m2
+GRADIENTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 MULTIPLE = 16  # of elements, in cuBLASLt's inner and last dimensions
 
 

@@ -1,10 +1,16 @@
 """Which way an MLP runs: unfused, or with the activation inside its matrix products. Measured once, and remembered.
 
 No rule tells it: fusion wins by a few per cent where the hidden size is small, and loses where the fused kernel reaches
-too little of the library's speed. So the ways that are there are timed at the shape in question, on the GPU in
-question, and the fastest is taken; where it does not win, fusion is not used. The timings lie on disk, one file per
-key, in $XACT_CACHE, else $XDG_CACHE_HOME/megatron-xact, else ~/.cache/megatron-xact: a run that is started again takes
-the same way. A file that cannot be read, or is of other versions, another GPU or other candidates, is measured anew.
+too little of the library's speed; nor which tile of a fused kernel is the best. So the tiles of each backend are timed
+at the shape in question, on the GPU in question, then the ways that are there with the best of them, and the fastest is
+taken; where it does not win, fusion is not used. The timings lie on disk, one file per key, in $XACT_CACHE, else
+$XDG_CACHE_HOME/megatron-xact, else ~/.cache/megatron-xact: a run that is started again takes the same way. A file that
+cannot be read, or is of other versions, another GPU or other candidates (backends or tiles), is measured anew.
+
+The way decides in which order gradients are summed over tokens. Where it comes from the cache, a run that is started
+again has the same bits; measured anew (--refresh, another GPU, a cache that is gone), two ways may be nearly as fast,
+and another one be taken: gradients of activation parameters and biases can then differ in their last bits. Ranks that
+measure at the same time take what the first of them has written, if they have the cache in common.
 """
 
 from __future__ import annotations
@@ -25,21 +31,22 @@ from megatron_xact import __version__
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.keys import key_of
-from megatron_xact.kernels.mlp_timing import Shape, measure
+from megatron_xact.kernels.mlp_timing import Measured, Shape, Tiles, fastest, measure, tiles_of
 
 FP8 = "fp8"  # other numbers, not another way to the same ones: never chosen for its speed
 CHOICES = ("auto", linear.UNFUSED, *linear.BACKENDS, FP8)
-Measure = Callable[[Activation, Shape, torch.device, Sequence[str]], tuple[dict[str, float], dict[str, str]]]
+Measure = Callable[[Activation, Shape, torch.device, Sequence[str]], Measured]
 _selected = linear.UNFUSED
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`backend` is "unfused" or one of `linear.BACKENDS`; `reason`: a phrase that says why, with the numbers."""
+    """`way` has names of tiles, unless it is unfused; `reason`: a phrase that says why, with the numbers."""
 
-    backend: str
+    way: linear.Way
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)  # forward + backward of every candidate that was timed
+    tiles: dict[str, Tiles] = field(default_factory=dict)  # of every fused one of them
 
 
 _made: dict[str, Choice] = {}  # by key; in this process
@@ -90,7 +97,7 @@ def choose(
     remembered on disk. refresh: measures even if it is known. With no candidates, as on a CPU, nothing is measured.
     """
     if not candidates:
-        return Choice(linear.UNFUSED, "no fused backend can run here")
+        return Choice(linear.Way(linear.UNFUSED), "no fused backend can run here")
     key = _key(activation, shape, device)
     name = json.dumps([key, sorted(candidates)])
     if refresh or name not in _made:
@@ -99,26 +106,32 @@ def choose(
 
 
 def _remembered_or_measured(key, activation, shape, device, candidates, refresh, measure) -> Choice:
-    wanted = {linear.UNFUSED, *candidates}
+    wanted = {
+        backend: {way: set(tiles_of(backend, way, activation, shape, device)) for way in linear.DIRECTIONS}
+        for backend in candidates
+    }
     file = path_of(key)
-    seconds = None if refresh or file is None else _read(file, key, wanted)
-    if seconds is not None:
-        return _fastest(seconds, f"measured before, {file}")
+    if not refresh and (known := _read(file, key, wanted)):
+        return _fastest(known, f"measured before, {file}")
     try:
-        seconds, failed = measure(activation, shape, device, candidates)
+        found = measure(activation, shape, device, candidates)
     except Exception as error:  # out of memory, mostly; nothing here may end a training run
         told = " ".join(str(error).split())[:200] or type(error).__name__
-        return Choice(linear.UNFUSED, f"it could not be measured: {told}")
-    notes = [f"{backend}: {why}" for backend, why in failed.items()]
-    if not failed:  # what failed today may work with the next driver
-        notes.append(_write(file, key, seconds))
-    return _fastest(seconds, "; ".join(notes))
+        return Choice(linear.Way(linear.UNFUSED), f"it could not be measured: {told}")
+    if not refresh and (known := _read(file, key, wanted)):  # by other ranks of this run: what it will find next time
+        return _fastest(known, f"measured by others meanwhile, {file}")
+    notes = [f"{what}: {why}" for what, why in found.failed.items()]
+    if not found.failed.keys() & set(candidates):  # a backend that failed today may work with the next driver
+        notes.append(_write(file, key, found))
+    return _fastest(found, "; ".join(notes))
 
 
-def _fastest(seconds: dict[str, float], note: str) -> Choice:
-    order = sorted(seconds, key=lambda name: seconds[name])
-    told = ", ".join(f"{name} {seconds[name] * 1e3:.3f} ms" for name in order)
-    return Choice(order[0], f"forward + backward {told} ({note})", seconds)
+def _fastest(found: Measured, note: str) -> Choice:
+    order = sorted(found.seconds, key=found.seconds.__getitem__)
+    told = ", ".join(f"{name} {found.seconds[name] * 1e3:.3f} ms" for name in order)
+    way = linear.Way(order[0]) if order[0] == linear.UNFUSED else fastest(order[0], found.tiles[order[0]])
+    tiles = f", tiles {way.forward} forward, {way.backward} backward" if way.forward else ""
+    return Choice(way, f"forward + backward {told}{tiles} ({note})", found.seconds, found.tiles)
 
 
 def _key(activation: Activation, shape: Shape, device: torch.device) -> dict[str, object]:
@@ -160,25 +173,31 @@ def path_of(key: dict[str, object]) -> Path | None:
     return root / "mlp" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path, key: dict[str, object], wanted: set[str]) -> dict[str, float] | None:
-    """The timings in a file if they are whole, of this key, and of exactly the wanted candidates."""
+def _read(file: Path | None, key: dict[str, object], wanted: dict[str, dict[str, set[str]]]) -> Measured | None:
+    """The timings in a file if they are whole, of this key, and of exactly the wanted candidates and their tiles."""
+    if file is None:
+        return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        seconds = {str(name): float(value) for name, value in stored["seconds"].items()}
+        found = Measured(stored["seconds"], stored["tiles"], {})
+        names = {b: {direction: set(tiles) for direction, tiles in both.items()} for b, both in found.tiles.items()}
+        times = [s for both in found.tiles.values() for tiles in both.values() for s in tiles.values() if s is not None]
+        whole = all(math.isfinite(value) and value > 0 for value in [*found.seconds.values(), *times])
+        fits = stored["key"] == key and names == wanted and found.seconds.keys() == {linear.UNFUSED, *wanted}
+        return found if whole and fits and all(fastest(b, tiles) for b, tiles in found.tiles.items()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = all(math.isfinite(value) and value > 0 for value in seconds.values())
-    return seconds if whole and stored.get("key") == key and seconds.keys() == wanted else None
 
 
-def _write(file: Path | None, key: dict[str, object], seconds: dict[str, float]) -> str:
+def _write(file: Path | None, key: dict[str, object], found: Measured) -> str:
     """Whole or not at all, whoever else writes it at the same time; what to say about it."""
     if file is None:
         return "measured now, and not remembered: there is no home folder; set XACT_CACHE"
     partial = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+        content = {"key": key, "seconds": found.seconds, "tiles": found.tiles}
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, file)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import linear
-from megatron_xact.kernels.benchmark import clock, ours_alone, published_formula
+from megatron_xact.kernels.benchmark import clock_in_turns, ours_alone, published_formula
 from megatron_xact.kernels.ops import apply_activation
 
 GEMMS, EAGER, COMPILED = "GEMMs alone", "eager", "torch.compile"
@@ -26,6 +27,16 @@ GEMMS, EAGER, COMPILED = "GEMMs alone", "eager", "torch.compile"
 # where a wrong kernel differs by its whole result. One rounding of a tensor is 2^-9 in bf16; TF32 has fp16's fraction.
 AGREEMENT = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 ROUNDS, REPEATS = 3, 5
+Tiles = dict[str, dict[str, float | None]]  # direction -> tile -> seconds of that kernel alone; None: it does not work
+
+
+class Measured(NamedTuple):
+    """seconds: forward + backward of "unfused" and each fused backend that works, with the tiles that are its fastest;
+    tiles: of each of those backends; failed: a backend, or a backend's tile -> why it is left out."""
+
+    seconds: dict[str, float]
+    tiles: dict[str, Tiles]
+    failed: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -111,12 +122,14 @@ def _differentiated(out_MH: Tensor, o: Operands, parameters: list[Tensor]) -> li
 
 
 @torch.no_grad()
-def fused(backend: str, o: Operands) -> list[Tensor]:
-    """The same, by a backend of `kernels.linear`, in the order in which a layer calls it."""
-    pre_MW, y_MF = linear.forward(backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W)
+def fused(way: linear.Way, o: Operands) -> list[Tensor]:
+    """The same, by `kernels.linear`, in the order in which a layer calls it."""
+    saved, y_MF, _ = linear.forward(way.backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W, tile=way.forward)
     out_MH = y_MF @ o.w2_HF.T
-    del y_MF  # as in training, where it is not kept
-    back = linear.backward(backend, o.activation, o.dout_MH, o.w2_HF, pre_MW, o.p, o.bias_W)
+    del y_MF  # as in training, where it is not kept unless it is what is saved
+    back = linear.backward(
+        way.backend, o.activation, o.dout_MH, o.w2_HF, saved, o.p, o.bias_W, tile=way.backward
+    )
     dw2_HF = o.dout_MH.T @ back.y_MF
     biases = [] if o.bias_W is None else [back.bias]
     parameters = [back.parameters[q.symbol].reshape(1) for q in o.activation.trainable]
@@ -144,17 +157,75 @@ def seconds(calls: dict[str, Callable[[], object]], device: torch.device, repeat
     """Median per call, in rounds that take turns: a GPU that slows down as it warms up slows all of them alike."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            found[name] += clock(call, device, repeats, warmup=2)
+        for name, times in zip(calls, clock_in_turns(list(calls.values()), device, repeats, warmup=2), strict=True):
+            found[name] += times
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def tiles_of(backend: str, direction: str, activation: Activation, shape: Shape, device: torch.device) -> list[str]:
+    """As `linear.tiles`, for operands of this shape, which this needs no memory for."""
+    width = shape.ffn * (1 + activation.gated)
+    x, w1, y, pre, w2 = (
+        torch.empty(1, 1, dtype=shape.dtype, device=device).expand(rows, columns)
+        for rows, columns in (
+            (shape.tokens, shape.hidden), (width, shape.hidden), (shape.tokens, shape.ffn), (shape.tokens, width),
+            (shape.hidden, shape.ffn),
+        )
+    )  # fmt: skip
+    tensors = (x, w1, y) if direction == linear.FORWARD else (x, w2, pre)
+    return linear.tiles(backend, direction, activation, *tensors, bias=shape.bias)
+
+
+@torch.no_grad()
+def tuned(backend: str, o: Operands, shape: Shape, repeats: int = REPEATS) -> tuple[Tiles, dict[str, str]]:
+    """(what each of the backend's tiles takes, "backend direction tile" -> why one does not work)."""
+
+    def forward(backend: str, tile: str | None = None) -> list[Tensor]:
+        return [*linear.forward(backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W, tile=tile)[:2]]
+
+    saved = forward(linear.UNFUSED)[0]
+
+    def backward(backend: str, tile: str | None = None) -> list[Tensor]:
+        back = linear.backward(backend, o.activation, o.dout_MH, o.w2_HF, saved, o.p, o.bias_W, tile=tile)
+        return [back.dpre_MW, back.y_MF, *back.parameters.values(), *([] if back.bias is None else [back.bias])]
+
+    found: Tiles = {}
+    failed = {}
+    for direction, kernel in ((linear.FORWARD, forward), (linear.BACKWARD, backward)):
+        names = tiles_of(backend, direction, o.activation, shape, o.x_MH.device)
+        calls, truth = {}, kernel(linear.UNFUSED)
+        for tile in names:
+            call = partial(kernel, backend, tile)
+            if why := _fault(call, truth, shape.dtype):
+                failed[f"{backend} {direction} {tile}"] = why
+            else:
+                calls[tile] = call
+        times = seconds(calls, o.x_MH.device, repeats)
+        found[direction] = {tile: times.get(tile) for tile in names}
+    return found, failed
+
+
+def fastest(backend: str, tiles: Tiles) -> linear.Way | None:
+    """The backend with its fastest tiles; None: in one direction there is none that works."""
+    working = [{tile: s for tile, s in tiles[direction].items() if s is not None} for direction in linear.DIRECTIONS]
+    return linear.Way(backend, *(min(found, key=found.__getitem__) for found in working)) if all(working) else None
+
+
+def _fault(call: Callable[[], list[Tensor]], truth: list[Tensor], dtype: torch.dtype) -> str | None:
+    """Why this must not be used, or None."""
+    try:
+        error = disagreement(call(), truth)
+    except Exception as problem:  # a compiler's, mostly: none of them may end a training run
+        return f"failed: {' '.join(str(problem).split())[:200] or type(problem).__name__}"
+    return None if error <= AGREEMENT[dtype] else f"its results differ from the unfused ones by {error:.1e}"
 
 
 def measure(
     activation: Activation, shape: Shape, device: torch.device, candidates: Sequence[str], repeats: int = REPEATS
-) -> tuple[dict[str, float], dict[str, str]]:
-    """(seconds forward + backward of "unfused" and each candidate that works, why another does not).
+) -> Measured:
+    """First the tiles of each candidate (a fused backend), its two kernels alone; then "unfused" and each candidate.
 
-    A candidate works if it runs at this shape and agrees with the unfused results there. Leaves nothing on the device.
+    What is measured runs at this shape and agrees with the unfused results there. Leaves nothing on the device.
     """
     try:
         with torch.enable_grad():  # the forward of a recomputed layer runs without
@@ -164,22 +235,23 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def _measured(activation, shape, device, candidates, repeats) -> tuple[dict[str, float], dict[str, str]]:
+def _measured(activation, shape, device, candidates, repeats) -> Measured:
     o = operands(activation, shape, device)
     calls: dict[str, Callable[[], object]] = {linear.UNFUSED: lambda: unfused(o)}
-    failed, truth = {}, unfused(o)
+    tiles, failed, truth = {}, {}, unfused(o)
     for backend in candidates:
-        try:
-            error = disagreement(fused(backend, o), truth)
-        except Exception as problem:  # a compiler's, mostly: none of them may end a training run
-            failed[backend] = f"failed: {' '.join(str(problem).split())[:200] or type(problem).__name__}"
+        found, left_out = tuned(backend, o, shape, repeats)
+        way = fastest(backend, found)
+        if way is None:
+            failed[backend] = "none of its tiles works, {}: {}".format(*next(iter(left_out.items())))
             continue
-        if error <= AGREEMENT[shape.dtype]:
-            calls[backend] = partial(fused, backend, o)
-        else:
-            failed[backend] = f"its results differ from the unfused ones by {error:.1e}"
+        failed |= left_out
+        if why := _fault(partial(fused, way, o), truth, shape.dtype):
+            failed[backend] = why
+            continue
+        calls[backend], tiles[backend] = partial(fused, way, o), found
     del truth
-    return seconds(calls, device, repeats), failed
+    return Measured(seconds(calls, device, repeats), tiles, failed)
 
 
 def peers(activation: Activation, shape: Shape, device: torch.device, repeats: int = REPEATS) -> dict[str, float]:

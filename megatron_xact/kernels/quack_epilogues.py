@@ -20,7 +20,7 @@ from megatron_xact.kernels.quack_functions import cute_functions, rounding, sour
 
 class Form(NamedTuple):
     """All that tells one epilogue from another. function: name in `device_functions`; learned: indices of parameters
-    that have a gradient; dtype: of the pre-activation."""
+    that have a gradient; dtype: of the pre-activation; by_output: forward leaves out pre, backward y (ungated only)."""
 
     function: str
     parameters: int
@@ -28,6 +28,7 @@ class Form(NamedTuple):
     gated: bool
     bias: bool
     dtype: torch.dtype
+    by_output: bool = False
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -66,7 +67,8 @@ def backward_epilogue(form: Form):
     if form.bias:
         loads |= {f"bias{half}": RowVecLoad(f"bias{half}") for half in form.halves}
         sums |= {f"dbias{half}": RowVecReduce(f"dbias{half}", scaled=True) for half in form.halves}
-    declare = gemm_epilogue(outputs=("dpre_up", "y") if form.gated else ("y",), ops=loads, reduces=sums)
+    outputs = ("dpre_up",) * form.gated + ("y",) * (not form.by_output)
+    declare = gemm_epilogue(outputs=outputs, ops=loads, reduces=sums)
     return declare(_named("backward", form, {"c": None} | loads, backward_element(form)))
 
 
@@ -77,7 +79,7 @@ def forward_element(form: Form) -> Callable[..., dict]:
     def ungated(acc, **operands):
         pre = rounded(acc)
         z = pre + operands["bias"] if form.bias else pre
-        return {"D": pre, "y": function(z, *_values(operands))[0]}
+        return ({} if form.by_output else {"D": pre}) | {"y": function(z, *_values(operands))[0]}
 
     def gated(acc, **operands):
         pre, up = (rounded(lane) for lane in acc)
@@ -94,7 +96,8 @@ def backward_element(form: Form) -> Callable[..., dict]:
         z = c + operands["bias"] if form.bias else c
         y, slope, *partials = function(z, *_values(operands))
         sums = {"dbias": (acc, slope)} if form.bias else {}
-        return {"D": acc * slope, "y": y} | sums | {f"dp{i}": (acc, partials[i]) for i in form.learned}
+        results = {"D": acc * slope} | ({} if form.by_output else {"y": y})
+        return results | sums | {f"dp{i}": (acc, partials[i]) for i in form.learned}
 
     def gated(acc, c, c_up, **operands):
         z, up = (c + operands["bias"], c_up + operands["bias_up"]) if form.bias else (c, c_up)
@@ -116,7 +119,8 @@ def _named(direction: str, form: Form, operands: dict, element: Callable[..., di
     this package is installed among others."""
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     element.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in ("acc", *operands)])
-    what = "_".join(map(str, (form.function, *form.learned, *("bias",) * form.bias, *("gated",) * form.gated)))
+    flags = [name for name in ("bias", "gated", "by_output") if getattr(form, name)]
+    what = "_".join(map(str, (form.function, *form.learned, *flags)))
     dtype = str(form.dtype).removeprefix("torch.")
     element.__name__ = f"xact_{direction}_{what}_{form.parameters}_{dtype}_{source_digest()[:16]}"
     element.__qualname__ = element.__name__

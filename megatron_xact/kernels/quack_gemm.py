@@ -28,14 +28,13 @@ from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
 from megatron_xact.kernels.backends import triton_unavailable_reason
 from megatron_xact.kernels.device_functions import device_function
-from megatron_xact.kernels.linear import Backward
+from megatron_xact.kernels.linear import BACKWARD, FORWARD, Backward, tile_named
 from megatron_xact.kernels.quack_epilogues import Form, backward_epilogue, forward_epilogue
 from megatron_xact.kernels.triton_launch import device_of, slots
 
 DISTRIBUTION = "quack-kernels"
 INSTALL = 'pip install -e ".[quack]"'
 DTYPES = (torch.bfloat16, torch.float16)
-FORWARD, BACKWARD = "forward", "backward"
 ALIGNMENT = 8  # elements of 16 bits
 
 
@@ -51,7 +50,7 @@ class Tile(NamedTuple):
         return f"{self.m}x{self.n} {'ping-pong' if self.pingpong else 'cooperative'}"
 
 
-# (direction, gated) -> candidates, the first of them the one to use until a measurement on a GPU says otherwise; of
+# (direction, gated) -> candidates, the first of them the one to use where nothing has measured which is faster; of
 # forward's tiles, gated, gate and up columns are counted. What each spills is in tests/kernels/test_quack.py.
 TILES = {
     (FORWARD, False): (Tile(128, 160, True), Tile(128, 192, True), Tile(256, 128, False), Tile(128, 256, False)),
@@ -93,26 +92,32 @@ def _import_error() -> str | None:
     return None
 
 
-def candidates(direction: str, activation: Activation, *tensors: Tensor) -> tuple[Tile, ...]:
+def candidates(direction: str, activation: Activation, *tensors: Tensor, bias: bool = False) -> tuple[Tile, ...]:
     """Tiles for operands and results like these, the default first."""
     return TILES[direction, activation.gated]
 
 
 def forward(
     activation: Activation, x_MH: Tensor, w1_WH: Tensor, p: Values, bias_W: Tensor | None = None,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `linear.forward`; tile: None, or one of `candidates`. ValueError for sizes that no multiple of 8 is."""
+    tile: Tile | str | None = None, with_pre: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(pre_MW, y_MF) of `linear.forward`; tile: None, or one of `candidates` or its name. Ungated, pre may be left
+    out.
+
+    ValueError for sizes that no multiple of 8 is.
+    """
     rows, width = x_MH.shape[0], w1_WH.shape[0]
-    form = _form(activation, p, bias_W, x_MH.dtype)
+    form = _form(activation, p, bias_W, x_MH.dtype, by_output=not with_pre)
     _check_sizes(activation, x_MH.shape[1], width)
-    pre_MW, y_MF = x_MH.new_empty(rows, width), x_MH.new_empty(rows, width // len(form.halves))
+    pre_MW = x_MH.new_empty(rows, width) if with_pre else None
+    y_MF = x_MH.new_empty(rows, width // len(form.halves))
     operands = _scalars(activation, p) | {"y": y_MF}
     if form.gated:
         operands["pre"], operands["pre_up"] = pre_MW.chunk(2, dim=1)
     if form.bias:
         operands["bias"] = bias_W.detach().float()[None]
-    tile = tile or candidates(FORWARD, activation)[0]
+    if not isinstance(tile, Tile):
+        tile = tile_named(tile, candidates(FORWARD, activation))
     _run(forward_epilogue(form), tile, x_MH.contiguous(), w1_WH.contiguous(), None if form.gated else pre_MW, None,
          operands, concat_layout=("B", "bias")[: 1 + form.bias] if form.gated else ())  # fmt: skip
     return pre_MW, y_MF
@@ -120,18 +125,23 @@ def forward(
 
 def backward(
     activation: Activation, dout_MH: Tensor, w2_HF: Tensor, pre_MW: Tensor, p: Values, bias_W: Tensor | None = None,
-    tile: Tile | None = None,
+    tile: Tile | str | None = None, emit_y: bool = True,
 ) -> Backward:  # fmt: skip
-    """As `linear.backward`; tile: None, or one of `candidates`. ValueError for sizes that no multiple of 8 is."""
+    """As `linear.backward`, from the pre-activation; tile as in forward. y only with emit_y.
+
+    ValueError for sizes that no multiple of 8 is.
+    """
     rows, width = pre_MW.shape
-    form = _form(activation, p, bias_W, pre_MW.dtype)
+    form = _form(activation, p, bias_W, pre_MW.dtype, by_output=not emit_y)
     _check_sizes(activation, dout_MH.shape[1], width)
-    dpre_MW, y_MF = pre_MW.new_empty(rows, width), pre_MW.new_empty(rows, w2_HF.shape[1])
-    tile = tile or candidates(BACKWARD, activation)[0]
-    row_tiles, column_tiles = -(-rows // tile.m), -(-y_MF.shape[1] // tile.n)
+    dpre_MW, y_MF = pre_MW.new_empty(rows, width), pre_MW.new_empty(rows, w2_HF.shape[1]) if emit_y else None
+    if not isinstance(tile, Tile):
+        tile = tile_named(tile, candidates(BACKWARD, activation))
+    row_tiles, column_tiles = -(-rows // tile.m), -(-w2_HF.shape[1] // tile.n)
     dp = pre_MW.new_empty((len(form.learned), rows, column_tiles), dtype=torch.float32)
     dbias = pre_MW.new_empty((row_tiles, width), dtype=torch.float32) if form.bias else None
-    operands = _scalars(activation, p) | {"y": y_MF} | {f"dp{i}": dp[n] for n, i in enumerate(form.learned)}
+    operands = _scalars(activation, p) | {f"dp{i}": dp[n] for n, i in enumerate(form.learned)}
+    operands |= {"y": y_MF} if emit_y else {}
     matrices = {"c": pre_MW.contiguous(), "dpre": dpre_MW}
     if form.bias:
         matrices |= {"bias": bias_W.detach().float()[None], "dbias": dbias}
@@ -157,10 +167,10 @@ def _run(epilogue, tile: Tile, a: Tensor, b: Tensor, d: Tensor | None, c: Tensor
         )  # fmt: skip
 
 
-def _form(activation: Activation, p: Values, bias: Tensor | None, dtype: torch.dtype) -> Form:
+def _form(activation: Activation, p: Values, bias: Tensor | None, dtype: torch.dtype, *, by_output: bool) -> Form:
     learned = tuple(i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor))
     function = device_function(activation).__name__
-    return Form(function, len(activation.parameters), learned, activation.gated, bias is not None, dtype)
+    return Form(function, len(activation.parameters), learned, activation.gated, bias is not None, dtype, by_output)
 
 
 def _scalars(activation: Activation, p: Values) -> dict[str, Tensor | float]:

@@ -20,10 +20,9 @@ from megatron_xact.kernels import triton_gemm_hopper as hopper
 from megatron_xact.kernels import triton_gemm_pointer as pointer
 from megatron_xact.kernels.backends import triton_unavailable_reason
 from megatron_xact.kernels.device_functions import device_function
-from megatron_xact.kernels.linear import Backward
+from megatron_xact.kernels.linear import BACKWARD, FORWARD, Backward, tile_named
 from megatron_xact.kernels.triton_launch import constants, contiguous, device_of, slots
 
-FORWARD, BACKWARD = "forward", "backward"
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -45,7 +44,7 @@ class Tile:
         return f"{self.m}x{self.n}x{self.k}/{self.parts} {self.warps} warps {self.stages} stages {way}"
 
 
-# (direction, gated) -> candidates, the first of them the one to use until a measurement on a GPU says otherwise. All
+# (direction, gated) -> candidates, the first of them the one to use where nothing has measured which is faster. All
 # compile without spills (with a bias: `with_sums_of_bias`), and within the shared memory.
 HOPPER = {
     (FORWARD, False): (
@@ -111,13 +110,15 @@ def with_sums_of_bias(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
 
 def forward(
     activation: Activation, x_MH: Tensor, w1_WH: Tensor, p: Values, bias_W: Tensor | None = None,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `linear.forward`; tile: None, or one of `candidates`."""
+    tile: Tile | str | None = None, with_pre: bool = True,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(pre_MW, y_MF) of `linear.forward`; tile: None, or one of `candidates` or its name. Ungated, pre may be left
+    out."""
     x, w = x_MH.contiguous(), w1_WH.contiguous()
     rows, columns = x.shape[0], w.shape[0] // (1 + activation.gated)
-    pre, y = x.new_empty(rows, w.shape[0]), x.new_empty(rows, columns)
-    tile = tile or candidates(FORWARD, activation, x, w, y)[0]
+    pre, y = x.new_empty(rows, w.shape[0]) if with_pre else None, x.new_empty(rows, columns)
+    if not isinstance(tile, Tile):
+        tile = tile_named(tile, candidates(FORWARD, activation, x, w, y))
     if not y.numel():
         return pre, y
     sizes = rows, columns, x.shape[1]
@@ -137,18 +138,19 @@ def forward(
 
 def backward(
     activation: Activation, dout_MH: Tensor, w2_HF: Tensor, pre_MW: Tensor, p: Values, bias_W: Tensor | None = None,
-    tile: Tile | None = None,
+    tile: Tile | str | None = None, emit_y: bool = True,
 ) -> Backward:  # fmt: skip
-    """As `linear.backward`; tile: None, or one of `candidates`."""
+    """As `linear.backward`, from the pre-activation; tile as in forward. y only with emit_y."""
     dout, w, pre = dout_MH.contiguous(), w2_HF.contiguous(), pre_MW.contiguous()
     rows, columns = dout.shape[0], w.shape[1]
-    dpre, y = torch.empty_like(pre), pre.new_empty(rows, columns)
-    tile = tile or candidates(BACKWARD, activation, dout, w, pre, y, bias=bias_W is not None)[0]
+    dpre, y = torch.empty_like(pre), pre.new_empty(rows, columns) if emit_y else None
+    if not isinstance(tile, Tile):
+        tile = tile_named(tile, candidates(BACKWARD, activation, dout, w, pre, bias=bias_W is not None))
     symbols = [q.symbol for q in activation.parameters if isinstance(p[q.symbol], Tensor)]
     row_blocks = triton.cdiv(rows, tile.m)
     dp = dout.new_empty(len(symbols), row_blocks * triton.cdiv(columns, tile.n), dtype=torch.float32)
     dbias = dout.new_empty(row_blocks, pre.shape[1], dtype=torch.float32) if bias_W is not None else None
-    if y.numel():
+    if dpre.numel():
         sizes = rows, columns, dout.shape[1]
         sums = contiguous(bias_W), dbias, dp, *slots(activation, p)
         grid, options = _grid(tile, rows, columns, dout.device), _options(activation, p, tile)
@@ -189,11 +191,13 @@ def _grid(tile: Tile, rows: int, columns: int, device: torch.device) -> tuple[in
     return (min(tiles, _multiprocessors(device) * tile.per_multiprocessor) if tile.tma else tiles,)
 
 
-def _described(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+def _described(matrix: Tensor | None, block: tuple[int, int]) -> TensorDescriptor | None:
+    if matrix is None:
+        return None
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def _halves(activation: Activation, matrix: Tensor, dim: int, block: tuple[int, int]):
+def _halves(activation: Activation, matrix: Tensor | None, dim: int, block: tuple[int, int]):
     """Descriptors of the gate and the up half, which end where the other begins; ungated: of all of it, and None."""
     if not activation.gated:
         return _described(matrix, block), None

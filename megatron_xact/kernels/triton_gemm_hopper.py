@@ -31,7 +31,7 @@ def forward_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. bias_ptr and the up's may be None."""
+    """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. pre, bias_ptr and the up's may be None."""
     EXACT: tl.constexpr = y.dtype == tl.float32
     WIDTH: tl.constexpr = TILE_N // PARTS
     tl.assume(hidden > 0)  # or there would be a second loop for that
@@ -56,12 +56,13 @@ def forward_kernel(
         for i in tl.static_range(PARTS):
             first = column + i * WIDTH
             index = first + tl.arange(0, WIDTH)
-            gate = rounded(gates[i], pre.dtype, INTERPRETED)
-            pre.store([row, first], gate)
+            gate = rounded(gates[i], y.dtype, INTERPRETED)
+            if pre is not None:
+                pre.store([row, first], gate)
             gate = biased(gate, bias_ptr, index, columns)
             up = 0.0
             if GATED:
-                up = rounded(ups[i], pre.dtype, INTERPRETED)
+                up = rounded(ups[i], y.dtype, INTERPRETED)
                 pre_up.store([row, first], up)
                 up = biased(up, None if bias_ptr is None else bias_ptr + columns, index, columns)
             out = activated(gate, up, p0, p1, p2, FUNCTION, GATED, EXACT, INTERPRETED)
@@ -77,9 +78,9 @@ def backward_kernel(
 ):  # fmt: skip
     """dpre_MW = (dout_MH w_HF) act'(pre_MW + bias_W), y_MF again, columns = F; and partial sums in fp32:
 
-    dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. The bias' pointers and the up's may be None.
+    dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. y, the bias' pointers and the up's may be None.
     """
-    EXACT: tl.constexpr = y.dtype == tl.float32
+    EXACT: tl.constexpr = dpre.dtype == tl.float32
     WIDTH: tl.constexpr = TILE_N // PARTS
     tl.assume(hidden > 0)  # or there would be a second loop for that
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
@@ -110,7 +111,8 @@ def backward_kernel(
             )
             sums0, sums1, sums2 = sums0 + s0, sums1 + s1, sums2 + s2
             dpre.store([row, first], dgate.to(dpre.dtype))
-            y.store([row, first], out.to(y.dtype))
+            if y is not None:
+                y.store([row, first], out.to(y.dtype))
             if GATED:
                 dpre_up.store([row, first], dup.to(dpre.dtype))
             if dbias_ptr is not None:

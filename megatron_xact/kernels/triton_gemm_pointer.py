@@ -28,9 +28,9 @@ def forward_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. bias_ptr may be None."""
+    """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. pre_ptr (ungated) and bias_ptr may be None."""
     EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
-    DTYPE: tl.constexpr = pre_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     WIDTH: tl.constexpr = TILE_N // PARTS
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row_block, column_block = place(tl.program_id(0), rows, columns, TILE_M, TILE_N)
@@ -56,7 +56,8 @@ def forward_kernel(
         mask = (row < rows) & (index < columns)[None, :]
         offset = row * width + index[None, :]
         gate = rounded(gates[i], DTYPE, INTERPRETED)
-        tl.store(pre_ptr + offset, gate, mask=mask)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offset, gate, mask=mask)
         gate = biased(gate, bias_ptr, index, columns)
         up = 0.0
         if GATED:
@@ -76,10 +77,10 @@ def backward_kernel(
 ):  # fmt: skip
     """dpre_MW = (dout_MH w_HF) act'(pre_MW + bias_W), y_MF again, columns = F; and partial sums in fp32:
 
-    dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. The bias' pointers may be None.
+    dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. y_ptr and the bias' pointers may be None.
     """
-    EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
     DTYPE: tl.constexpr = dpre_ptr.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
     WIDTH: tl.constexpr = TILE_N // PARTS
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row_block, column_block = place(tl.program_id(0), rows, columns, TILE_M, TILE_N)
@@ -110,7 +111,8 @@ def backward_kernel(
         )
         sums0, sums1, sums2 = sums0 + s0, sums1 + s1, sums2 + s2
         tl.store(dpre_ptr + offset, dgate.to(DTYPE), mask=mask)
-        tl.store(y_ptr + row * columns + index[None, :], out.to(DTYPE), mask=mask)
+        if y_ptr is not None:
+            tl.store(y_ptr + row * columns + index[None, :], out.to(DTYPE), mask=mask)
         if GATED:
             tl.store(dpre_ptr + offset + columns, dup.to(DTYPE), mask=mask)
         if dbias_ptr is not None:

@@ -1,9 +1,9 @@
 """An MLP whose six matrix products have FP8 operands, without TransformerEngine: `[xact] mlp = "fp8"`. Experimental.
 
-e4m3 for the layer's input, the weights and the activation's output; e5m2 for gradients; fp32 accumulation. Each operand
-is scaled by its own amax, to a power of two (`kernels.fp8_product`). The activation and its derivatives are fp32, of
-the 16-bit pre-activation, and leave already cast. Saved are the layer's input and the pre-activation; weights and
-operands that are needed transposed are quantized again in the backward pass.
+e4m3 for the layer's input, the weights and the activation's output; e4m3 or e5m2 for gradients; fp32 accumulation. Each
+operand is scaled by its own amax, to a power of two (`kernels.fp8_product`). The activation and its derivatives are
+fp32, of the 16-bit pre-activation, and leave already cast. Saved are the layer's input and the pre-activation; weights
+and operands that are needed transposed are quantized again in the backward pass.
 
 With `smooth`, the activation's output is multiplied by one factor per channel before the cast, and fc2's weight by its
 inverse (`fp8_product.smoothing`); fc2's own gradient is divided by it again. The function is the same, its outliers
@@ -13,6 +13,7 @@ are less.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,17 +33,26 @@ from megatron_xact.kernels.fp8_product import (
 from megatron_xact.kernels.ops import values_of
 from megatron_xact.layers.parallel_linear import Call, Function, added_to_main_grad, rows_of
 
-_smooth = False
+
+@dataclass(frozen=True)
+class Settings:
+    """Of [fp8]. gradients: a key of `fp8_product.GRADIENTS`."""
+
+    smooth: bool = False
+    gradients: str = "e4m3"
 
 
-def select_smooth(smooth: bool) -> None:
-    """`smooth` in [fp8], for the whole process."""
-    global _smooth
-    _smooth = smooth
+_selected = Settings()
+
+
+def select(settings: Settings) -> None:
+    """For the whole process."""
+    global _selected
+    _selected = settings
 
 
 def function() -> Function:
-    return functools.partial(_FP8MLP.apply, _smooth)
+    return functools.partial(_FP8MLP.apply, _selected)
 
 
 class _FP8MLP(torch.autograd.Function):
@@ -50,8 +60,8 @@ class _FP8MLP(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, smooth, x, w1_WH, b1, w2_HF, call, *learned):
-        ctx.call = call
+    def forward(ctx, settings, x, w1_WH, b1, w2_HF, call, *learned):
+        ctx.settings, ctx.call = settings, call
         ctx.main_grads = call.main_grads(w1_WH, w2_HF)
         whole = call.gather(x)
         activation, p = call.activation, values_of(call.activation, learned)
@@ -61,7 +71,7 @@ class _FP8MLP(torch.autograd.Function):
         if call.hooked:
             call.tell_hooks(pre_MW, b1, backend_of(activation, pre_MW).forward(activation, pre_MW, p, b1))
 
-        scaling, multiplier_F = activation_scaling(activation, pre_MW, p, b1, w2_HF if smooth else None)
+        scaling, multiplier_F = activation_scaling(activation, pre_MW, p, b1, w2_HF if settings.smooth else None)
         y8 = fp8.forward(
             activation, pre_MW, p, scaling, VALUES, columns=False, bias=b1, multiplier=multiplier_F
         )
@@ -78,12 +88,13 @@ class _FP8MLP(torch.autograd.Function):
         call: Call = ctx.call
         activation, p = call.activation, values_of(call.activation, learned)
         whole, gathering = call.start_gathering(x)
+        gradients = GRADIENTS[ctx.settings.gradients]
 
-        dout8 = quantized(rows_of(dout), GRADIENTS, rows=True, columns=True)
+        dout8 = quantized(rows_of(dout), gradients, rows=True, columns=True)
         w8 = quantized(w2_HF, VALUES, columns=True)
         dy_MF = product(dout8.rows_RC, dout8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
-        dpre_scaling = scaling_for(fp8.backward_amax(activation, pre_MW, p, dy_MF, b1), GRADIENTS)
-        back = fp8.backward(activation, pre_MW, p, dy_MF, dpre_scaling, GRADIENTS, bias=b1)
+        dpre_scaling = scaling_for(fp8.backward_amax(activation, pre_MW, p, dy_MF, b1), gradients)
+        back = fp8.backward(activation, pre_MW, p, dy_MF, dpre_scaling, gradients, bias=b1)
         dpre8 = back.dx
         y8 = fp8.forward(
             activation, pre_MW, p, PerTensor(y_scale), VALUES, rows=False, bias=b1, multiplier=multiplier_F

@@ -3,7 +3,8 @@
 What Megatron's column- and row-parallel linears do around their matrix products is kept: sequences gathered and
 scattered, input gradients reduced while weight gradients are computed, weight gradients added into `main_grad`. What
 changes is what is saved: the input (the local part of the sequence), the pre-activation and the weights. The
-activation's output, as wide as the pre-activation, is computed again while the backward pass needs its input anyway.
+activation's output, as wide as the pre-activation, is computed again while the backward pass needs its input anyway;
+or it is saved instead, where it alone tells the slope (`linear.saves_output`).
 
 Used where `kernels.mlp_choice` has found a fused backend to be faster at the layer's shape, or the config names one;
 else the layer takes Megatron's own way, and so does every call that this one cannot serve (see `unfit`).
@@ -28,6 +29,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import linear, mlp_choice
+from megatron_xact.kernels.linear import Way
 from megatron_xact.kernels.mlp_choice import FP8, Choice
 from megatron_xact.kernels.mlp_timing import Shape
 from megatron_xact.kernels.ops import values_of
@@ -37,7 +39,7 @@ from megatron_xact.layers.parallel_linear import Call, added_to_main_grad, rows_
 if TYPE_CHECKING:
     from megatron_xact.layers.mlp import ActivationMLP
 
-WAYS = (linear.UNFUSED, *linear.BACKENDS)
+UNFUSED = Way(linear.UNFUSED)
 _DDP = "megatron.core.distributed.distributed_data_parallel"
 
 
@@ -55,8 +57,8 @@ def select(name: str, activation: Activation, config: TransformerConfig) -> None
             raise ValueError(_cannot(name, reason))
 
 
-def backend_for(mlp: ActivationMLP, hidden_states: Tensor) -> str | None:
-    """The fused backend of this call, or "fp8"; None: Megatron's own linears.
+def way_for(mlp: ActivationMLP, hidden_states: Tensor) -> Way | None:
+    """The way of this call, fused or "fp8"; None: Megatron's own linears.
 
     It is decided at a layer's first forward pass in training, which all ranks of its tensor-parallel group make
     together, and stays: other numbers of tokens, as in evaluation, go the same way. (FP8 is no matter of speed: also
@@ -65,33 +67,34 @@ def backend_for(mlp: ActivationMLP, hidden_states: Tensor) -> str | None:
     """
     if mlp.way is None and (mlp.training or mlp_choice.selected() == FP8):
         mlp.way = decide(mlp, hidden_states, unfit(mlp))
-    if mlp.way in (None, linear.UNFUSED) or _hooked(mlp):
+    if mlp.way in (None, UNFUSED) or _hooked(mlp):
         return None
     return mlp.way
 
 
-def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> str:
-    """The way of this layer, one of WAYS or "fp8", the same on every rank of its tensor-parallel group, all of which
-    call this together. unfit_: why it cannot be fused, or None.
+def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> Way:
+    """The way of this layer, of a backend of `kernels.linear` or "fp8", the same on every rank of its tensor-parallel
+    group, all of which call this together. A backend that is named has its default tiles. unfit_: why it cannot be
+    fused, or None.
 
     ValueError: a way that cannot be gone is named in [xact].
     """
     named = mlp_choice.selected() if mlp_choice.selected() in (FP8, *linear.BACKENDS) else None
     if mlp_choice.selected() == linear.UNFUSED:
-        return linear.UNFUSED
+        return UNFUSED
     if named == FP8 and is_first_last_bf16_layer(mlp.config, mlp.layer_number - 1):
-        return _said(linear.UNFUSED, f"layer {mlp.layer_number} is kept out of FP8")
+        return _said(UNFUSED, f"layer {mlp.layer_number} is kept out of FP8")
     activation, device = mlp.activation_func.activation, hidden_states.device
     weight_1, weight_2, bias = mlp.linear_fc1.weight, mlp.linear_fc2.weight, mlp.linear_fc1.bias
     reasons = mlp_choice.unavailable_reasons(activation, weight_1.dtype, device)
     if named and (reason := unfit_ or reasons.get(named)):
         raise ValueError(_cannot(named, reason))
     if named:
-        return _said(named, "it is named in [xact]")
+        return _said(Way(named), "it is named in [xact]")
     if unfit_:
-        return _said(linear.UNFUSED, unfit_)
+        return _said(UNFUSED, unfit_)
     if torch.cuda.is_current_stream_capturing():
-        return _said(linear.UNFUSED, "its first step is captured in a CUDA graph, where nothing can be measured")
+        return _said(UNFUSED, "its first step is captured in a CUDA graph, where nothing can be measured")
     shape = Shape(
         tokens=hidden_states.shape[:-1].numel() * (mlp.tp_group.size() if mlp.linear_fc1.sequence_parallel else 1),
         hidden=hidden_states.shape[-1],
@@ -103,15 +106,15 @@ def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> str
     found = agree(mlp.tp_group, device, here, lambda among: mlp_choice.choose(activation, shape, device, among))
     if found is None:
         why = "; ".join(f"{backend}: {reasons.get(backend, 'not on every rank')}" for backend in linear.BACKENDS)
-        return _said(linear.UNFUSED, why)
+        return _said(UNFUSED, why)
     way, choice = found
     return way if choice is None else _said(way, choice.reason)
 
 
 def agree(
     group: ProcessGroup, device: torch.device, here: Sequence[str], choose: Callable[[list[str]], Choice]
-) -> tuple[str, Choice | None] | None:
-    """One way for all ranks of `group`: the choice of its first rank among the backends that every rank has.
+) -> tuple[Way, Choice | None] | None:
+    """One way for all ranks of `group`, tiles too: the choice of its first rank among the backends every rank has.
 
     A collective. here: fused backends of this rank; None if no backend is everywhere. The choice itself comes back on
     the first rank alone: two ranks that measure need not find the same, and different kernels on different ranks would
@@ -124,10 +127,10 @@ def agree(
     if not among:
         return None
     choice = choose(among) if group.rank() == 0 else None
-    index = torch.tensor([WAYS.index(choice.backend) if choice else 0], dtype=torch.int32, device=device)
+    told = [choice and choice.way]
     if group.size() > 1:
-        torch.distributed.broadcast(index, group=group, group_src=0)
-    return WAYS[index.item()], choice
+        torch.distributed.broadcast_object_list(told, group=group, device=device, group_src=0)
+    return told[0], choice
 
 
 def _cannot(name: str, reason: str) -> str:
@@ -136,8 +139,8 @@ def _cannot(name: str, reason: str) -> str:
 
 
 @functools.cache  # once, however many layers say the same
-def _said(way: str, reason: str) -> str:
-    print_rank_0(f"> megatron-xact: MLP {way}: {reason}")
+def _said(way: Way, reason: str) -> Way:
+    print_rank_0(f"> megatron-xact: MLP {way.backend}: {reason}")
     return way
 
 
@@ -186,36 +189,40 @@ def _hooked(mlp: ActivationMLP) -> str | None:
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
-def run(mlp: ActivationMLP, hidden_states: Tensor, way: str) -> tuple[Tensor, Tensor | None]:
+def run(mlp: ActivationMLP, hidden_states: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
     """As ActivationMLP.forward, this way: "fp8", or a backend of `kernels.linear`."""
-    function = fp8_mlp.function() if way == FP8 else functools.partial(_FusedMLP.apply, way)
+    function = fp8_mlp.function() if way.backend == FP8 else functools.partial(_FusedMLP.apply, way)
     return parallel_linear.run(mlp, hidden_states, function)
 
 
 class _FusedMLP(torch.autograd.Function):
-    """A `parallel_linear.Function`, by a backend of `kernels.linear`."""
+    """A `parallel_linear.Function`, by `kernels.linear`."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, backend, x, w1, b1, w2, call, *learned):
-        ctx.backend, ctx.call = backend, call
+    def forward(ctx, way, x, w1, b1, w2, call, *learned):
+        ctx.way, ctx.call = way, call
         ctx.main_grads = call.main_grads(w1, w2)
         whole = call.gather(x)
         p = values_of(call.activation, learned)
-        pre, y = linear.forward(backend, call.activation, rows_of(whole), w1, p, b1)
-        call.tell_hooks(pre, b1, y)
-        ctx.save_for_backward(x, pre, w1, b1, w2, *learned)
+        saved, y, pre = linear.forward(
+            way.backend, call.activation, rows_of(whole), w1, p, b1, tile=way.forward, with_pre=call.hooked
+        )
+        if call.hooked:
+            call.tell_hooks(pre, b1, y)
+        ctx.save_for_backward(x, saved, w1, b1, w2, *learned)
         return (y @ w2.T).view(*whole.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, dout):
-        x, pre, w1, b1, w2, *learned = ctx.saved_tensors
+        x, saved, w1, b1, w2, *learned = ctx.saved_tensors
         call = ctx.call
         whole, gathering = call.start_gathering(x)
         dout = rows_of(dout)
-        back = linear.backward(ctx.backend, call.activation, dout, w2, pre, values_of(call.activation, learned), b1)
+        p = values_of(call.activation, learned)
+        back = linear.backward(ctx.way.backend, call.activation, dout, w2, saved, p, b1, tile=ctx.way.backward)
         dpre, dp, db1 = back.dpre_MW, back.parameters, back.bias
         dw2 = _weight_gradient(w2, ctx.main_grads[1], back.y_MF, dout, call)
         del back  # y, as wide as dpre

@@ -9,6 +9,7 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from megatron_xact.activations import Activation
+from megatron_xact.kernels.linear import Way
 from megatron_xact.layers import fused_mlp
 from megatron_xact.layers.activation import TrainableActivation
 
@@ -31,7 +32,7 @@ class ActivationMLP(MLP):
             )
         super().__init__(config, submodules, *args, **kwargs)
         self.activation_func = TrainableActivation(activation, self.tp_group)
-        self.way: str | None = None  # "fp8" or one of fused_mlp.WAYS, once it is decided
+        self.way: Way | None = None  # of fused_mlp.decide, once it is decided
         self.layer_number = 0
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -43,8 +44,8 @@ class ActivationMLP(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism) -> the same shape, and fc2's bias."""
         assert per_token_scale is None, "experts are refused by the layer spec"
-        if backend := fused_mlp.backend_for(self, hidden_states):
-            return fused_mlp.run(self, hidden_states, backend)
+        if way := fused_mlp.way_for(self, hidden_states):
+            return fused_mlp.run(self, hidden_states, way)
         preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
         postact = self.activation_func(preact, bias)  # [s, b, F/tp]
         return apply_module(self.linear_fc2)(postact)

@@ -94,9 +94,9 @@ def _te_mlp(config: TransformerConfig) -> type[ActivationMLP]:
         if config.use_transformer_engine_op_fuser:
             raise ValueError("use-transformer-engine-op-fuser with these activations needs TransformerEngine >= 2.13")
         return ActivationMLP
-    from megatron_xact.layers import te_mlp  # where TransformerEngine is missing, it cannot be imported
+    from megatron_xact.layers.te import mlp  # where TransformerEngine is missing, it cannot be imported
 
-    return te_mlp.OperationMLP if config.use_transformer_engine_op_fuser else te_mlp.QuantizingMLP
+    return mlp.OperationMLP if config.use_transformer_engine_op_fuser else mlp.QuantizingMLP
 
 
 def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:

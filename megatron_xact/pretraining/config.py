@@ -29,7 +29,7 @@ from pathlib import Path
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import backends, linear, mlp_choice
+from megatron_xact.kernels import backends, fp8_product, linear, mlp_choice
 from megatron_xact.pretraining import arguments, signals
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
@@ -139,6 +139,8 @@ class FP8Config:
     """false: none of it, whatever the config asks for. The same run in BF16, for a pair or as a way out."""
     smooth: bool = False
     """With mlp = "fp8": one factor per channel before the cast of fc2's input, and its inverse in fc2's weight."""
+    gradients: str = "e4m3"
+    """With mlp = "fp8": "e4m3", or "e5m2" with a bit less of precision for 2^16 times the range."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ OURS = {"xact": XactConfig, "launch": LaunchConfig, "fp8": FP8Config, "deepspeed
 AFTER = ("restart", "stop")
 CHOICES = {"kernels": backends.CHOICES, "signal": signals.CHOICES, "on_failure": AFTER, "on_nan": AFTER}
 CHOICES |= {"mlp": mlp_choice.CHOICES, "loader": ("megatron", "dali")}
-CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3)}
+CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3), "gradients": tuple(fp8_product.GRADIENTS)}
 # Megatron's sharding of the optimizer, which one config may ask for while engine = "deepspeed" puts ZeRO in its place.
 ZERO_INSTEAD = ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
 # What Megatron asks TransformerEngine for, left out where [fp8] is not enabled.

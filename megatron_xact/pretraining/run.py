@@ -311,7 +311,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     args.xact_activation, args.xact_engine = config.activation.identity(), config.xact.engine
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron 0.19 forgets to pass on
-    fp8_mlp.select_smooth(config.fp8.smooth)
+    fp8_mlp.select(fp8_mlp.Settings(config.fp8.smooth, config.fp8.gradients))
     fused_mlp.select(config.mlp, config.activation.record(), model.transformer)
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
     intervals = config.xact.guard_interval, config.xact.telemetry_interval, config.xact.statistics_interval

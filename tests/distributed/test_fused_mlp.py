@@ -34,6 +34,7 @@ EIGHT_BITS = [
     for activation, bias in (("xielu", True), ("xsilu_glu2", False), ("relu2", False))
     for tp, sequence_parallel in ((1, False), (2, False), (4, True))
 ]
+FP8_SETTINGS = [(False, "e4m3"), (True, "e4m3"), (False, "e5m2")]  # smooth, gradients
 # With a bias, Megatron 0.19's own recomputation of an MLP never ends: it returns fc2's bias from a checkpoint.
 TRAINED = [(kind, "xielu") for kind in KINDS] + [(kind, "xsilu_glu2") for kind in ("accumulated", "layers recomputed")]
 
@@ -42,35 +43,36 @@ TRAINED = [(kind, "xielu") for kind in KINDS] + [(kind, "xsilu_glu2") for kind i
 @contextlib.contextmanager
 def fused(backend: str = "unfused"):
     """Every ActivationMLP goes the fused function's way, by default with torch's kernels behind it."""
+    from megatron_xact.kernels.linear import Way
     from megatron_xact.layers import fused_mlp
 
-    chosen, calls = fused_mlp.backend_for, []
+    chosen, calls = fused_mlp.way_for, []
 
     def always(mlp, hidden_states):
-        calls.append(None if fused_mlp.unfit(mlp) else backend)
+        calls.append(None if fused_mlp.unfit(mlp) else Way(backend))
         return calls[-1]
 
-    fused_mlp.backend_for = always
+    fused_mlp.way_for = always
     try:
         yield calls
     finally:
-        fused_mlp.backend_for = chosen
-    assert set(calls) == {backend}
+        fused_mlp.way_for = chosen
+    assert set(calls) == {Way(backend)}
 
 
-def in_fp8() -> dict[tuple[Case, bool], tuple[dict, bool]]:
-    """(case, smooth) -> the whole MLP's outputs and gradients by FP8 products, and whether alphas' are replicated."""
+def in_fp8() -> dict[tuple[Case, bool, str], tuple[dict, bool]]:
+    """(case, *settings) -> the whole MLP's outputs and gradients by FP8 products; whether alphas' are replicated."""
     from tiny_gpt import model_parallel
 
     from megatron_xact.layers import fp8_mlp
 
     found = {}
     for tp in (1, 2, 4):
-        for smooth in (False, True):
-            fp8_mlp.select_smooth(smooth)
+        for settings in FP8_SETTINGS:
+            fp8_mlp.select(fp8_mlp.Settings(*settings))
             with model_parallel(tp) as groups, fused("fp8"):
-                found |= {(case, smooth): twins.ours(case, groups) for case in EIGHT_BITS if case.tp == tp}
-    fp8_mlp.select_smooth(False)
+                found |= {(case, *settings): twins.ours(case, groups) for case in EIGHT_BITS if case.tp == tp}
+    fp8_mlp.select(fp8_mlp.Settings())
     return found
 
 
@@ -171,6 +173,7 @@ def saved_bytes(backend: str | None, name: str, groups) -> dict[str, list[int]]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from tiny_gpt import transformer_config
 
+    from megatron_xact.kernels import linear
     from megatron_xact.layers import fused_mlp
     from megatron_xact.layers.mlp import ActivationMLP
 
@@ -193,7 +196,7 @@ def saved_bytes(backend: str | None, name: str, groups) -> dict[str, list[int]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out, _ = mlp(x) if backend is None else fused_mlp.run(mlp, x, backend)
+        out, _ = mlp(x) if backend is None else fused_mlp.run(mlp, x, linear.Way(backend))
     out.sum().backward()
     return sizes
 
@@ -205,7 +208,7 @@ def on_ranks() -> dict:
     with tiny_gpt.model_parallel(2) as groups:
         results["saved"] = {
             (name, backend): saved_bytes(backend, name, groups)
-            for name in ("xielu", "swiglu")
+            for name in ("xielu", "swiglu", "relu2")
             for backend in (None, "unfused")
         }
     return results
@@ -215,6 +218,7 @@ def agreed() -> dict:
     """What ranks that lack different backends, and would measure different times, settle on."""
     from tiny_gpt import model_parallel
 
+    from megatron_xact.kernels.linear import Way
     from megatron_xact.kernels.mlp_choice import Choice
     from megatron_xact.layers.fused_mlp import agree
 
@@ -224,7 +228,7 @@ def agreed() -> dict:
 
         def choose(among):
             asked.append(among)
-            return Choice(("quack", "triton")[rank], "measured", {})
+            return Choice(Way(("quack", "triton")[rank], f"tile {rank}", f"tile {rank + 2}"), "measured")
 
         device = torch.device("cpu")
         for name, here in {
@@ -234,7 +238,7 @@ def agreed() -> dict:
         }.items():
             asked.clear()
             found = agree(groups.tp, device, here[rank], choose)
-            results[name] = (rank, found and found[0], list(asked))
+            results[name] = (rank, found and tuple(found[0]), list(asked))
     return results
 
 
@@ -243,6 +247,7 @@ def hooks() -> dict:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from tiny_gpt import model_parallel, transformer_config
 
+    from megatron_xact.kernels import linear
     from megatron_xact.layers import fused_mlp
     from megatron_xact.layers.mlp import ActivationMLP
 
@@ -261,8 +266,9 @@ def hooks() -> dict:
         )
         mlp(x)
         assert fused_mlp.unfit(mlp) is None
-        fused_mlp.run(mlp, x, "unfused")
+        fused_mlp.run(mlp, x, fused_mlp.UNFUSED)
         handle.remove()
+        found["tiles"] = tiles_asked_for(mlp, x, linear.Way("unfused", "ahead", "back"))
         rows = [[t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t for t in tensors] for tensors in seen]
         found["seen alike"] = all(torch.equal(a, b) for a, b in zip(*rows, strict=True)) and len(rows[0]) == 3
         for part in ("linear_fc1", "linear_fc2", "activation_func"):
@@ -277,11 +283,25 @@ def hooks() -> dict:
         mlp.linear_fc1.weight.requires_grad_(True)
         found["in the end"] = fused_mlp.unfit(mlp)
         mlp(x)
-        found["on a CPU"] = mlp.way
+        found["on a CPU"] = mlp.way.backend
     return found
 
 
-def fp8_twin(case: Case, smooth: bool) -> dict[str, torch.Tensor]:
+def tiles_asked_for(mlp, x: torch.Tensor, way) -> list[str]:
+    from megatron_xact.kernels import linear
+    from megatron_xact.layers import fused_mlp
+
+    tiles = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward"):
+            real = getattr(linear, name)
+            noted = lambda *args, tile, real=real, **options: tiles.append(tile) or real(*args, **options)  # noqa: E731
+            patch.setattr(linear, name, noted)
+        fused_mlp.run(mlp, x, way)[0].sum().backward()
+    return tiles
+
+
+def fp8_twin(case: Case, smooth: bool, gradients: str) -> dict[str, torch.Tensor]:
     """The unsharded MLP in fp64, whose six products have operands rounded to FP8; as `test_mlp.twin`."""
     numbers = {name: value.double() for name, value in twins.whole(case).items()}
     formula, learned = twins.FORMULAS[case.activation], [q.name for q in case.record().trainable]
@@ -296,9 +316,10 @@ def fp8_twin(case: Case, smooth: bool) -> dict[str, torch.Tensor]:
         m = torch.where(peaks.isfinite() & (peaks > 0), 2.0 ** (peaks.log2() / 2).round(), 1.0)
     a8 = rounded(a.detach() * m) / m
     out = a8 @ (rounded(w2 / m) * m).T + numbers.get("b2", 0.0)
-    dy8 = rounded(dy, torch.float8_e5m2)
+    kind = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[gradients]
+    dy8 = rounded(dy, kind)
     dz, *dlearned = torch.autograd.grad(a, [z, *leaves.values()], dy8 @ rounded(w2))
-    dz8 = rounded(dz, torch.float8_e5m2)
+    dz8 = rounded(dz, kind)
     flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
     found = {"y": out, "dx": dz8 @ rounded(w1), "dw1": flat(dz8).T @ flat(rounded(x)), "dw2": flat(dy8).T @ flat(a8)}
     if case.bias:
@@ -346,13 +367,13 @@ def test_a_missing_sum_is_noticed(results, case):
         assert not replicated
 
 
-@pytest.mark.parametrize("smooth", [False, True], ids=["", "smooth"])
+@pytest.mark.parametrize("smooth, gradients", FP8_SETTINGS)
 @pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
-def test_fp8_equals_a_twin_that_rounds_the_same_operands(results, case, smooth):
+def test_fp8_equals_a_twin_that_rounds_the_same_operands(results, case, smooth, gradients):
     """Every rank scales its own shards: powers of two, so only what is tiny beside their largest can differ."""
-    rounded, exact = fp8_twin(case, smooth), twins.twin(case)
+    rounded, exact = fp8_twin(case, smooth, gradients), twins.twin(case)
     for found in results:
-        ours, replicated = found["fp8"][case, smooth]
+        ours, replicated = found["fp8"][case, smooth, gradients]
         assert replicated and ours.keys() == rounded.keys()
         for name, value in ours.items():
             error = (value.double() - rounded[name]).norm() / rounded[name].norm()
@@ -381,9 +402,9 @@ def test_fp8_accumulates_into_main_grad(results):
         assert set(nobody.values()) == {False} and set(added.values()) == {True} and len(added) == 4
 
 
-@pytest.mark.parametrize("name", ["xielu", "swiglu"])
+@pytest.mark.parametrize("name", ["xielu", "swiglu", "relu2"])
 def test_only_input_and_preactivation_are_saved(results, name):
-    """8 x 2 tokens of this rank, twice that gathered; F per rank is 32; 2 bytes each."""
+    """8 x 2 tokens of this rank, twice that gathered; F per rank is 32; 2 bytes each. Of relu2, y takes pre's place."""
     x, y, pre = 8 * 2 * 16 * 2, 32 * 32 * 2, 32 * 32 * 2 * (2 if name == "swiglu" else 1)
     for found in results:
         assert sorted(found["saved"][name, None]["torch.bfloat16"]) == sorted([x, pre, y])  # Megatron's linears
@@ -393,11 +414,12 @@ def test_only_input_and_preactivation_are_saved(results, name):
 
 
 def test_ranks_agree_on_what_the_first_measures(results):
-    """Rank 1 would have taken triton; it is not asked."""
+    """Rank 1 would have taken triton, and other tiles; it is not asked."""
+    first = ("quack", "tile 0", "tile 2")
     for found in results:
         for name, (way, among) in {
-            "all": ("quack", ["triton", "quack"]),
-            "one has less": ("quack", ["quack"]),
+            "all": (first, ["triton", "quack"]),
+            "one has less": (first, ["quack"]),
             "nothing in common": (None, []),
         }.items():
             rank, agreed_on, asked = found["agreed"][name]
@@ -406,11 +428,13 @@ def test_ranks_agree_on_what_the_first_measures(results):
 
 
 def test_hooks_see_what_they_would_have_seen_or_rule_fusion_out(results):
+    """And kernels are asked for with the tiles of the way."""
     for found in results:
         hooks = found["hooks"]
         assert hooks["seen alike"]
         for part in ("pre linear_fc1", "pre linear_fc2", "pre activation_func", "post linear_fc2"):
             assert "has hooks" in hooks[part]
         assert hooks["frozen"] == "a weight is frozen"
+        assert hooks["tiles"] == ["ahead", "back"]
         assert hooks["in the end"] is None  # nothing of the above is left
         assert hooks["on a CPU"] == "unfused"

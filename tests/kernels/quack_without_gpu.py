@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from compiled import FORWARD, Binary, disassembled
+from compiled import BACKWARD, FORWARD, Binary, disassembled
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -65,12 +65,22 @@ def _prepare(cubins: str) -> None:
 
 
 def compile_kernel(
-    name: str, direction: str, tile: tuple | None = None, bias: bool = False, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    direction: str,
+    tile: tuple | None = None,
+    bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    by_output: bool = False,
 ) -> Binary:
-    """What `quack_gemm` compiles for 16384 x 2048 x 12288 when it is called with tensors that hold nothing."""
+    """What `quack_gemm` compiles for 16384 x 2048 x 12288 when it is called with tensors that hold nothing.
+
+    by_output: as for an activation that saves its output.
+    """
     from megatron_xact.kernels import quack_gemm
 
     activation = activations.get(name)
+    if by_output and direction == BACKWARD:
+        activation = activation.of_output
     tile = quack_gemm.Tile(*tile) if tile else quack_gemm.candidates(direction, activation)[0]
     folder = Path(os.environ["CUTE_DSL_DUMP_DIR"])
     for cubin in folder.glob("*.cubin"):
@@ -84,15 +94,17 @@ def compile_kernel(
         width = COLUMNS * (1 + activation.gated)
         added = matrix(width) if bias else None
         if direction == FORWARD:
-            pre, y = quack_gemm.forward(activation, matrix(ROWS, HIDDEN), matrix(width, HIDDEN), p, added, tile)
+            x, w1 = matrix(ROWS, HIDDEN), matrix(width, HIDDEN)
+            pre, y = quack_gemm.forward(activation, x, w1, p, added, tile, with_pre=not by_output)
         else:
             dout, w2, pre = matrix(ROWS, HIDDEN), matrix(HIDDEN, COLUMNS), matrix(ROWS, width)
-            back = quack_gemm.backward(activation, dout, w2, pre, p, added, tile)
+            back = quack_gemm.backward(activation, dout, w2, pre, p, added, tile, emit_y=not by_output)
             pre, y = back.dpre_MW, back.y_MF
             sums = [*back.parameters.values(), *([back.bias] if bias else [])]
             assert [v.shape for v in sums] == [()] * len(activation.trainable) + [(width,)] * bias
             assert all(v.dtype == torch.float32 for v in sums)
-        assert (pre.shape, y.shape) == ((ROWS, width), (ROWS, COLUMNS))
+        made = [tuple(t.shape) for t in (pre, y) if t is not None]
+        assert made == [(ROWS, width), (ROWS, COLUMNS)][: 2 - by_output]
     (cubin,) = folder.glob("*.cubin")
     accumulated = tile.m * tile.n // (THREADS * (1 if tile.pingpong else 2))
     pairs = activation.gated and direction == FORWARD  # two columns of the matrix product make one of y
@@ -119,6 +131,7 @@ def evaluate(
     p: dict[str, float],
     inputs: dict[str, Tensor | tuple[Tensor, Tensor]],
     dtype: torch.dtype = torch.bfloat16,
+    by_output: bool = False,
 ) -> dict[str, Tensor]:
     """The epilogue of one direction, compiled for this CPU by CuTe, at each element of fp32 vectors.
 
@@ -134,9 +147,8 @@ def evaluate(
     vocabulary = CuteVocabulary()
     vocabulary.exp2, vocabulary.math = cute.math.exp2, SimpleNamespace(rsqrt=cute.math.rsqrt)
     learned = tuple(range(len(activation.parameters)))
-    form = quack_epilogues.Form(
-        device_function(activation).__name__, len(learned), learned, activation.gated, "bias" in inputs, dtype
-    )
+    function = device_function(activation).__name__
+    form = quack_epilogues.Form(function, len(learned), learned, activation.gated, "bias" in inputs, dtype, by_output)
     make = quack_epilogues.forward_element if direction == FORWARD else quack_epilogues.backward_element
     with mock.patch.object(quack_epilogues, "cute_functions", lambda: translated(vocabulary)):
         element = make(form)

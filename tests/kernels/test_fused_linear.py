@@ -3,6 +3,7 @@ fp64; the kernels' machine code for sm_80 and sm_90; and that each of these chec
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -34,12 +35,15 @@ def inputs(record, sizes, dtype, bias=True, seed=1):
 
 def check(backend, record, x, w1, w2, dout, bias, p, **tiles):
     """forward and backward of `backend` (its name in `linear`, or a module) against autograd in fp64."""
-    forward, backward = (
-        (getattr(backend, name) for name in ("forward", "backward"))
-        if not isinstance(backend, str)
-        else (lambda *args: linear.forward(backend, *args), lambda *args: linear.backward(backend, *args))
-    )
-    pre, y = forward(record, x, w1, p, bias, *tiles.values())
+    if isinstance(backend, str):
+        saved, y, pre = linear.forward(backend, record, x, w1, p, bias, with_pre=True)
+        alone = linear.forward(backend, record, x, w1, p, bias)
+        assert torch.equal(alone.saved, saved) and torch.equal(alone.y_MF, y), "what is made for others changes it"
+        assert saved is (y if linear.saves_output(record, x.dtype) else pre)
+        backward = partial(linear.backward, backend)
+    else:
+        pre, y = backend.forward(record, x, w1, p, bias, *tiles.values())
+        saved, backward = pre, backend.backward
     assert pre.dtype == y.dtype == x.dtype and pre.is_contiguous() and y.is_contiguous()
     assert_close("pre", pre, x.double() @ w1.double().T)
 
@@ -53,7 +57,7 @@ def check(backend, record, x, w1, w2, dout, bias, p, **tiles):
     true = {s: leaf.grad for s, leaf in leaves.items()}
     assert_close("y", y, true_y.detach())
 
-    back = backward(record, dout, w2, pre, p, bias, *tiles.values())
+    back = backward(record, dout, w2, saved, p, bias, *tiles.values())
     assert torch.equal(back.y_MF, y), "y of backward differs from y of forward"
     assert back.dpre_MW.dtype == x.dtype
     assert_close("dpre", back.dpre_MW, true["pre"])
@@ -63,7 +67,7 @@ def check(backend, record, x, w1, w2, dout, bias, p, **tiles):
     for symbol, value in (back.parameters | sums).items():
         assert value.dtype == torch.float32
         assert_close(symbol, value.reshape(true[symbol].shape), true[symbol], terms=float(y.numel()) ** 0.5)
-    again = backward(record, dout, w2, pre, p, bias, *tiles.values())
+    again = backward(record, dout, w2, saved, p, bias, *tiles.values())
     assert torch.equal(again.dpre_MW, back.dpre_MW) and (bias is None or torch.equal(again.bias, back.bias))
     assert all(torch.equal(again.parameters[s], v) for s, v in back.parameters.items()), "sums differ in a second run"
 
@@ -83,7 +87,7 @@ def test_unfused_where_the_cpu_has_a_fused_pass():
     """Enough elements for the compiled pass, whose backward gives y again too."""
     record = activations.get("relu2")
     pre, dout, w2 = torch.randn(256, 264), torch.randn(256, 4), torch.randn(4, 264)
-    back = linear.backward("unfused", record, dout, w2, pre, {})
+    back = linear.backward("unfused", replace(record, of_output=None), dout, w2, pre, {})
     torch.testing.assert_close(back.y_MF, pre.relu() ** 2)
     torch.testing.assert_close(back.dpre_MW, dout @ w2 * 2 * pre.relu())
 
@@ -92,10 +96,28 @@ def test_unfused_rounds_to_bf16_where_fused_rounds():
     """pre and y have the bits of one product and one activation, each rounded once."""
     record = activations.get("xielu")
     x, w1, _, _, bias, p = inputs(record, (16, 32, 24), torch.bfloat16)
-    pre, y = linear.forward("unfused", record, x, w1, p, bias)
-    assert torch.equal(pre, x @ w1.T)
+    saved, y, pre = linear.forward("unfused", record, x, w1, p, bias)
+    assert saved is pre and torch.equal(pre, x @ w1.T)
     wide = record.value(pre.float() + bias.float(), p)
     assert torch.equal(y, wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", [name for name in activations.names() if activations.get(name).of_output])
+def test_the_output_alone_tells_value_and_slope(name):
+    """In fp64 as the record's own; rounded to bf16, y is off by up to 2^-8, its root by half of that."""
+    record = activations.get(name)
+    z = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    p = {q.symbol: q.init for q in record.parameters}
+    y, slope = record.value(z, p), record.slopes(z, p)[0]
+    torch.testing.assert_close(record.of_output.value(y, p), y, rtol=0, atol=0)
+    torch.testing.assert_close(record.of_output.slopes(y, p)[0], slope)
+    x, w1, w2, dout, bias, p = inputs(record, (16, 32, 24), torch.bfloat16)
+    saved, y, pre = linear.forward("unfused", record, x, w1, p, bias)
+    assert saved is y and not linear.saves_output(record, torch.float16)
+    back = linear.backward("unfused", record, dout, w2, saved, p, bias)
+    exact = (dout @ w2).double() * record.slopes(pre.double() + bias.double(), p)[0]
+    assert back.y_MF is y and ((back.dpre_MW - exact).abs() <= 2**-7 * exact.abs()).all()
+    assert ((back.bias - exact.sum(0)).abs() <= 2**-8 * exact.abs().sum(0)).all()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +138,7 @@ def test_refusals(change, words):
 
 
 def test_a_pre_activation_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"pre has shape \(3, 6\), not \(3, 12\)"):
+    with pytest.raises(ValueError, match=r"what was saved has shape \(3, 6\), not \(3, 12\)"):
         linear.backward(
             "unfused", activations.get("swiglu"), torch.zeros(3, 8), torch.zeros(8, 6), torch.zeros(3, 6), {}
         )
@@ -168,11 +190,71 @@ def test_kernels(name, way, dtype, bias):
         check(triton_gemm, record, *inputs(record, SIZES[way], DTYPES[dtype], bias), tile=tile)
 
 
+@pytest.mark.parametrize("way, bias", [("tma", True), ("pointers", False)], ids=["tma-bias", "pointers-plain"])
+@in_interpreter
+def test_kernels_that_save_the_output(way, bias):
+    from megatron_xact.kernels import triton_gemm
+
+    with pytest.MonkeyPatch.context() as patch, poison():
+        patch.setattr(triton_gemm, "candidates", lambda *args, **options: [small_tile(way, parts=2)])
+        check("triton", activations.get("relu2"), *inputs(activations.get("relu2"), SIZES[way], torch.float32, bias))
+
+
+@in_interpreter
+def test_named_tiles():
+    """Each is launched, and computes what the others do; the sums of alpha's gradient are added in its own order."""
+    from megatron_xact.kernels import triton_gemm
+
+    record, launched, options = activations.get("xielu"), [], triton_gemm._options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_gemm, "_is_hopper", lambda device: True)
+        patch.setattr(triton_gemm, "_options", lambda a, p, tile: launched.append(str(tile)) or options(a, p, tile))
+        x, w1, w2, dout, _, p = inputs(record, (130, 16, 264), torch.float32, bias=False)
+        there = linear.tiles("triton", "forward", record, x, w1, x.new_empty(130, 264))
+        pre = x @ w1.T
+        back = linear.tiles("triton", "backward", record, dout, w2, pre)
+        assert len(there) > 3 and len(back) > 2 and len({*there}) == len(there) and len({*back}) == len(back)
+        forward = [linear.forward("triton", record, x, w1, p, tile=tile) for tile in [*there, "gone", None]]
+        backward = [linear.backward("triton", record, dout, w2, pre, p, tile=tile) for tile in [*back, "gone", None]]
+    assert launched == [*there, there[0], there[0], *back, back[0], back[0]]
+    for found in forward:
+        assert_close("y", found.y_MF, record.value(pre.double(), p))
+    sums = torch.stack([found.parameters[record.trainable[0].symbol] for found in backward])
+    for found in backward[1:]:
+        torch.testing.assert_close(found.dpre_MW, backward[0].dpre_MW)
+    torch.testing.assert_close(sums, sums[:1].expand_as(sums), rtol=1e-5, atol=1e-4)
+    assert sums[-1] == sums[-2] == sums[0] and len({*sums.tolist()}) > 1
+
+
+@in_interpreter
+def test_tiles_are_measured():
+    """Those that the interpreter can run: all, but for one that is refused here."""
+    from megatron_xact.kernels import mlp_timing, triton_gemm
+
+    options, shape = triton_gemm._options, mlp_timing.Shape(24, 16, 40, torch.float16, bias=True)
+    refused, kept = triton_gemm.AMPERE["forward", False]
+
+    def refusing(activation, p, tile):
+        if tile == refused:
+            raise RuntimeError("out of resources")
+        return options(activation, p, tile)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_gemm, "_options", refusing)
+        patch.setattr(mlp_timing, "ROUNDS", 1)
+        found = mlp_timing.measure(activations.get("xielu"), shape, torch.device("cpu"), ["triton"], repeats=1)
+    assert found.seconds.keys() == {"unfused", "triton"}
+    assert found.failed == {f"triton forward {refused}": "failed: out of resources"}
+    (back,) = triton_gemm.AMPERE["backward", False]
+    assert mlp_timing.fastest("triton", found.tiles["triton"]) == ("triton", str(kept), str(back))
+
+
 # --- their machine code ---
 
 
-def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisible=True, **changes):
-    """changes: of compile-time arguments and options that the launcher would give."""
+def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisible=True, by_output=False, **changes):
+    """by_output: as for an activation that saves its output. changes: of compile-time arguments and options that the
+    launcher would give."""
     from compiled import compiled, parameters
 
     from megatron_xact.kernels import triton_gemm
@@ -180,6 +262,8 @@ def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisibl
     from megatron_xact.kernels import triton_gemm_pointer as pointer
 
     record = activations.get(name)
+    if by_output and direction == triton_gemm.BACKWARD:
+        record = record.of_output
     p = {q.symbol: torch.ones(1) if q.trainable else q.init for q in record.parameters}
     constants = triton_gemm._options(record, p, tile) | changes
     module = hopper if tile.tma else pointer
@@ -200,6 +284,8 @@ def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisibl
         "bias_ptr": data if bias else None, "dbias_ptr": "*fp32" if bias else None, "dp_ptr": "*fp32",
         "rows": "i32", "columns": "i32", "hidden": "i32",
     }  # fmt: skip
+    if by_output:
+        given |= dict.fromkeys(("pre", "pre_ptr") if direction == triton_gemm.FORWARD else ("y", "y_ptr"))
     elements = tile.m * tile.n // (32 * tile.warps)
     return compiled(kernel, given | parameters(constants["LEARNED"]), constants, arch, elements, divisible)
 
@@ -270,6 +356,26 @@ def test_machine_code_with_a_bias(name):
     (tile,) = with_sums_of_bias(HOPPER[BACKWARD, activations.get(name).gated])
     binary = compile_tile(name, BACKWARD, tile, 90, bias=True)
     assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0
+
+
+def that_save_the_output():
+    from megatron_xact.kernels.triton_gemm import AMPERE, BACKWARD, FORWARD, HOPPER, with_sums_of_bias
+
+    for direction, table, arch in ((FORWARD, HOPPER, 90), (BACKWARD, HOPPER, 90), (BACKWARD, AMPERE, 80)):
+        yield direction, table[direction, False][0], arch, False
+    yield BACKWARD, with_sums_of_bias(HOPPER[BACKWARD, False])[0], 90, True
+
+
+@pytest.mark.parametrize(
+    "direction, tile, arch, bias", list(that_save_the_output()), ids=lambda value: str(value).replace(" ", "-")
+)
+def test_machine_code_that_saves_the_output(direction, tile, arch, bias):
+    """One matrix as wide as y is stored, where the others store two."""
+    binary = compile_tile("relu2", direction, tile, arch, bias=bias, by_output=True)
+    assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0
+    stored = binary.count("UTMASTG") if tile.tma else binary.count("STG")
+    assert stored == (tile.parts if tile.tma else binary.elements // 8)
+    assert 0 <= binary.count("MUFU") - binary.elements * (direction == "backward") <= 16
 
 
 # Planted regressions: what each must be called

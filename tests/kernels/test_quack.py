@@ -190,6 +190,17 @@ def test_fp16_is_rounded_as_torch_rounds():
     assert torch.equal(out["D"], acc.half().float())
 
 
+@needs_quack
+def test_epilogues_that_save_the_output():
+    record, acc = activations.get("relu2"), sample(torch.float32)
+    (y,) = evaluate(record, FORWARD, {}, {"acc": acc}, torch.bfloat16, True).values()
+    assert torch.equal(y, evaluate(record, FORWARD, {}, {"acc": acc})["y"])
+    pre, dy = acc.to(torch.bfloat16).float(), torch.full_like(acc, 0.25)
+    (dpre,) = evaluate(record.of_output, BACKWARD, {}, {"acc": dy, "c": y}, torch.bfloat16, True).values()
+    within = pre.abs().clamp(max=2.0**60) == pre.abs()  # of which y is a number
+    assert_within_bounds(record, {}, pre[within], {"slope": (dpre / dy)[within]})
+
+
 # --- the identity of a kernel ---
 
 
@@ -254,6 +265,22 @@ def test_machine_code(kernel, binaries):
     special = SPECIAL_FUNCTIONS[name][direction == BACKWARD]
     assert binary.count("MUFU") == special * binary.elements
     assert not binary.count("F2F."), "x is rounded alone, not as half of a pair"
+
+
+@needs_quack
+def test_machine_code_that_saves_the_output():
+    """One matrix as wide as y is stored, 16 columns at a time, where the others store two."""
+    found = {
+        direction: quack_without_gpu.submit(
+            quack_without_gpu.compile_kernel, "relu2", direction, None, False, torch.bfloat16, True
+        )
+        for direction in (FORWARD, BACKWARD)
+    }
+    for direction, future in found.items():
+        binary = future.result()
+        assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0
+        assert binary.count("MUFU") == binary.elements * (direction == BACKWARD)
+        assert binary.count("UTMASTG") == binary.elements // 16
 
 
 @needs_quack

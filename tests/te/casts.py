@@ -84,7 +84,7 @@ def tensors() -> dict:
 
     from megatron_xact import activations
     from megatron_xact.kernels.backends import select_backend
-    from megatron_xact.layers import te_ops
+    from megatron_xact.layers.te.quantized import can_quantize, quantized_forward
 
     e4m3, amax = tex.DType.kFloat8E4M3, torch.tensor([0.25])
     current = partial(Float8CurrentScalingQuantizer, e4m3, "cpu")
@@ -99,9 +99,9 @@ def tensors() -> dict:
     exact, found = record.forward(x.float(), p), {}
     for name, make in makers.items():
         quantizer = make(rowwise=True, columnwise=True)
-        one = found[name] = {"can": te_ops.can_quantize(quantizer, record, x, 256)}
+        one = found[name] = {"can": can_quantize(quantizer, record, x, 256)}
         for internal in (True, False):
-            y = te_ops.quantized_forward(record, x, p, quantizer, rows=True, columns=True, internal=internal)
+            y = quantized_forward(record, x, p, quantizer, rows=True, columns=True, internal=internal)
             label = "internal " if internal else ""
             one[f"{label}class"] = type(y).__name__
             one[f"{label}rows"], one[f"{label}columns"] = (error(decoded(y, c), exact) for c in (False, True))
@@ -109,7 +109,7 @@ def tensors() -> dict:
             one["TE reads"] = error(y.dequantize(), exact)
             y.update_usage(rowwise_usage=False, columnwise_usage=True)
             one["TE reads columns"] = error(y.dequantize(), exact)
-        only = te_ops.quantized_forward(record, x, p, quantizer, rows=True, columns=False, internal=False)
+        only = quantized_forward(record, x, p, quantizer, rows=True, columns=False, internal=False)
         one["shape"], one["dtype"] = list(only.shape), str(only.dtype)
     found["amax"], found["largest"] = amax.item(), exact.abs().max().item()
     refused = {
@@ -121,9 +121,9 @@ def tensors() -> dict:
     reduced = current()
     reduced.with_amax_reduction = True
     refused["amax over ranks"] = reduced
-    found["refused"] = {name: te_ops.can_quantize(q, record, x, 256) for name, q in refused.items()}
+    found["refused"] = {name: can_quantize(q, record, x, 256) for name, q in refused.items()}
     select_backend("reference")
-    found["refused"]["kernels = reference"] = te_ops.can_quantize(current(), record, x, 256)
+    found["refused"]["kernels = reference"] = can_quantize(current(), record, x, 256)
     select_backend("auto")
     return found
 
@@ -138,7 +138,7 @@ def between_modules() -> dict:
 
     from megatron_xact import activations
     from megatron_xact.layers.activation import TrainableActivation
-    from megatron_xact.layers.te_ops import QuantizingActivation
+    from megatron_xact.layers.te.linear_input import QuantizingActivation
 
     recipe, alone = Float8CurrentScaling(), SimpleNamespace(size=lambda: 1)
     quantizer = Float8CurrentScalingQuantizer(tex.DType.kFloat8E4M3, "cpu")
@@ -184,7 +184,7 @@ def bf16_layers() -> list[str]:
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
     from megatron_xact import activations
-    from megatron_xact.layers.te_ops import QuantizingActivation
+    from megatron_xact.layers.te.linear_input import QuantizingActivation
 
     config = TransformerConfig(
         num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, fp8="hybrid", fp8_recipe="tensorwise",

@@ -25,7 +25,7 @@ def pipeline(record, *, bias=False, dtype=torch.float32, main_grad=False, **opti
     """(Sequential, {name: parameter}) of BasicLinear, (Bias), ours, BasicLinear."""
     import transformer_engine.pytorch.ops as ops
 
-    from megatron_xact.layers.te_ops import ActivationOperation
+    from megatron_xact.layers.te.operation import ActivationOperation
 
     w1, b1, w2 = weights(record, dtype)
     fc1 = ops.BasicLinear(HIDDEN, w1.shape[0], dtype=dtype, device="cpu", accumulate_into_main_grad=main_grad)

@@ -6,6 +6,7 @@ What it computes is compared here with plain autograd in fp32 or with other ways
 test_te_ops.py. Errors are the largest difference over the largest number.
 """
 
+import itertools
 import json
 import logging
 import sys
@@ -58,8 +59,8 @@ def saved() -> dict:
     from megatron_xact import activations
 
     found = {}
-    for way, fused in WAYS.items():
-        model, parameters = pipeline(activations.get("xielu"), fused_linear=fused)
+    for name, (way, fused) in itertools.product(("xielu", "relu2"), WAYS.items()):
+        model, parameters = pipeline(activations.get(name), fused_linear=fused)
         own = {p.untyped_storage().data_ptr() for p in parameters.values()}
         kept = {}
 
@@ -71,7 +72,7 @@ def saved() -> dict:
         x = randn(ROWS, BATCH, HIDDEN).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(x)
-        found[way] = sum(kept.values()) / (ROWS * BATCH)
+        found[f"{name} {way}"] = sum(kept.values()) / (ROWS * BATCH)
     return found
 
 
@@ -130,7 +131,7 @@ def parameters_of_the_operation() -> dict:
     import transformer_engine.pytorch.ops as ops
 
     from megatron_xact import activations
-    from megatron_xact.layers.te_ops import ActivationOperation
+    from megatron_xact.layers.te.operation import ActivationOperation
 
     op = ActivationOperation(activations.get("xielu")).bfloat16()
     seen = []
@@ -151,23 +152,24 @@ def patterns() -> dict:
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     from megatron_xact import activations
-    from megatron_xact.layers import te_ops
+    from megatron_xact.layers.te import joint
+    from megatron_xact.layers.te.operation import ActivationOperation
 
     record, said = activations.get("xielu"), []
-    te_ops.logger.addHandler(logging.Handler())
-    te_ops.logger.handlers[0].emit = lambda message: said.append(message.getMessage())
+    joint.logger.addHandler(logging.Handler())
+    joint.logger.handlers[0].emit = lambda message: said.append(message.getMessage())
 
     def mlp(fused="unfused", bias=False, options=None, dtype=torch.float32, middle=None):
         parts = [ops.BasicLinear(8, 16, device="cpu", userbuffers_options=options)]
         parts += [ops.Bias(16, device="cpu")] * bias
-        parts += [middle or te_ops.ActivationOperation(record, fused_linear=fused)]
+        parts += [middle or ActivationOperation(record, fused_linear=fused)]
         return [*parts, ops.BasicLinear(16, 8, dtype=dtype, device="cpu")]
 
     def told(parts, recipe=None):
-        return [type(op).__name__ for op in te_ops.fuse(parts, recipe=recipe)]
+        return [type(op).__name__ for op in joint.fuse(parts, recipe=recipe)]
 
     def ours():
-        return te_ops.ActivationOperation(record, fused_linear="unfused")
+        return ActivationOperation(record, fused_linear="unfused")
 
     row = mlp()
     row[-1].tensor_parallel_mode = "row"

@@ -2,14 +2,19 @@
 
     python -O spec.py TE_FOLDER
 
-Of the layer made of TE's operations (`--use-transformer-engine-op-fuser`) the MLP is also run, forward and backward.
+Of the layer made of TE's operations (`--use-transformer-engine-op-fuser`) the MLP is also run, forward and backward,
+and on two ranks with a choice (chosen.py).
 """
 
 import json
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
+import chosen
 from te_without_gpu import install_whole
+from two_ranks import on_two_ranks
 
 
 def build(transformer_impl: str, **options):
@@ -20,7 +25,7 @@ def build(transformer_impl: str, **options):
 
     from megatron_xact.layers import specs
 
-    transformer = TransformerConfig(
+    settings = dict(
         num_layers=2,
         hidden_size=64,
         num_attention_heads=4,
@@ -33,8 +38,8 @@ def build(transformer_impl: str, **options):
         transformer_impl=transformer_impl,
         bf16=True,
         params_dtype=torch.bfloat16,
-        **options,
     )
+    transformer = TransformerConfig(**settings | options)
     config = GPTModelConfig(
         transformer=transformer,
         vocab_size=256,
@@ -61,7 +66,7 @@ def run_operations(model) -> dict:
     """Megatron's MLP of TE's operations in bf16, apart and joined, against autograd in fp32 through its formula."""
     import torch
 
-    from megatron_xact.layers.te_ops import ActivationOperation
+    from megatron_xact.layers.te.operation import ActivationOperation
 
     mlp, found = model.decoder.layers[0].mlp, {}
     record = mlp.activation_func.activation
@@ -111,15 +116,18 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"chosen": on_two_ranks(chosen.rank, Path(folder))}
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(1, 1)
+    torch.manual_seed(1)  # of the weights, which are made on the CPU
     model_parallel_cuda_manual_seed(1)
     local = describe(build("local"))
     torch.cuda.is_available = lambda: True  # TE refuses to build modules otherwise
     modules = describe(build("transformer_engine"))
     operations = build("transformer_engine", use_transformer_engine_op_fuser=True)
-    found = {"te": modules, "local": local, "operations": describe(operations), "run": run_operations(operations)}
+    found |= {"te": modules, "local": local, "operations": describe(operations), "run": run_operations(operations)}
     print(json.dumps(found))
 
 

@@ -44,3 +44,35 @@ def test_megatrons_mlp_of_te_operations_computes_the_formula(built, way):
 def test_hooks_on_the_activation_of_te_operations_see_its_output(built):
     for way in ("apart", "joint"):
         assert built["run"][way]["hooked"] == [[8, 2, 128]]  # once, and not by Megatron with nothing to look at
+
+
+# --- mlp = "auto" -----------------------------------------------------------------------------------------------------
+FIRST, LAST = ["RMSNorm"], ["AllReduce"]
+APART = [*FIRST, "BasicLinear", "ActivationOperation", "BasicLinear", *LAST]
+JOINED = [*FIRST, "LinearActivationLinear", *LAST]
+
+
+@pytest.fixture(params=(0, 1), ids=("rank 0", "rank 1"))
+def chosen(built, request) -> dict:
+    """Of each rank: all go the way that the first has measured to be the fastest, whatever is in their own caches."""
+    return built["chosen"][request.param]
+
+
+def test_auto_joins_where_a_fused_backend_is_the_fastest(chosen):
+    assert chosen["evaluated first"] == [None, APART]
+    assert chosen["fused"] == ["triton", JOINED]
+    assert chosen["difference"] < 2e-3 and chosen["gradients"]  # fp16 rounds by 2^-11
+    assert chosen["launched"] == chosen["planted"]  # the first rank's fastest tiles, none of which is the default
+    assert chosen["other tokens"] == ["triton", JOINED]  # it stays
+
+
+def test_auto_leaves_te_its_linears_where_they_are_the_fastest(chosen):
+    assert chosen["unfused"] == ["unfused", APART]
+
+
+def test_auto_leaves_fp8_and_overlapped_communication_to_te(chosen):
+    assert chosen["fp8"] == chosen["tp_comm_overlap"] == ["unfused", APART]
+
+
+def test_a_named_backend_that_cannot_run_is_an_error_in_te_too(chosen):
+    assert chosen["named"].startswith("mlp = 'quack' in [xact] cannot run here: it is not installed")

@@ -1,22 +1,29 @@
-"""An MLP of TransformerEngine's operations over two tensor-parallel ranks (gloo), against the whole one."""
+"""Two gloo ranks, and an MLP of TransformerEngine's operations over them, against the whole one."""
 
-import multiprocessing
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
+
+
+def on_two_ranks(function: Callable[[int, Path], dict], folder: Path) -> list[dict]:
+    """What function(rank, folder) returns on each of two ranks, forked from this process and joined in one group."""
+    torch.multiprocessing.start_processes(_rank, (function, folder), nprocs=2, start_method="fork")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _rank(rank: int, function, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(function(rank, folder)))
+    torch.distributed.barrier()
 
 
 def tensor_parallel(folder: Path) -> dict:
     """By way: errors (largest over ranks), whether both ranks have the same gradients of alphas, what TE ran."""
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, folder, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = [queue.get() for _ in ranks]
-    for process in ranks:
-        process.join()
-    first, second = found
+    first, second = on_two_ranks(_all_ways, folder)
     merged = {}
     for way in first:
         errors = {key: max(first[way]["errors"][key], second[way]["errors"][key]) for key in first[way]["errors"]}
@@ -25,15 +32,13 @@ def tensor_parallel(folder: Path) -> dict:
     return merged
 
 
-def _rank(rank: int, folder: Path, queue) -> None:
+def _all_ways(rank: int, folder: Path) -> dict:
     import mlps
     import transformer_engine.pytorch.ops as ops
 
     from megatron_xact import activations
-    from megatron_xact.layers.te_ops import ActivationOperation
+    from megatron_xact.layers.te.operation import ActivationOperation
 
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     group = torch.distributed.group.WORLD
     rows, hidden, ffn = mlps.ROWS, mlps.HIDDEN, mlps.FFN
     x, dout = (mlps.randn(rows, 1, hidden, seed=seed) for seed in (0, 9))
@@ -76,5 +81,4 @@ def _rank(rank: int, folder: Path, queue) -> None:
                     "alphas": [p.grad.item() for p in activation.parameters()],
                     "ops": mlps.forward_ops(model),
                 }
-    queue.put(found)
-    torch.distributed.barrier()
+    return found

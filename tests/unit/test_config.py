@@ -530,6 +530,12 @@ def test_what_does_not_go_with_fp8(tiny, words, sets, message):
         validate(tiny.with_overrides(words, sets))
 
 
+def test_gradients_have_one_of_two_formats(tiny):
+    assert tiny.with_overrides(sets=["fp8.gradients=e5m2"]).fp8.gradients == "e5m2"
+    with pytest.raises(ValueError, match="gradients = 'e3m4' .*expected 'e4m3' or 'e5m2'"):
+        tiny.with_overrides(sets=["fp8.gradients=e3m4"])
+
+
 def test_one_flag_takes_fp8_out(tiny):
     """Both ways to ask for it, and what belongs to them."""
     off = ["fp8.enabled=false"]

@@ -33,7 +33,7 @@ FENCES = {
     "transformers": {"checkpoints"},
     "tokenizers": {"pretraining/data"},
     "deepspeed": {"pretraining/zero"},
-    "transformer_engine": {"layers/te_ops.py"},
+    "transformer_engine": {"layers/te"},
 }
 # Rooms that may use only these besides the standard library and rooms above.
 ONLY = {
@@ -144,6 +144,7 @@ def test_a_planted_violation_is_named(tmp_path, place, line, said):
     [
         ("layers/a.py", "from megatron_xact.kernels.ops import f\nimport megatron.core, torch"),
         ("pretraining/data/a.py", "import tokenizers, numpy"),
+        ("layers/te/a.py", "import transformer_engine.pytorch as te"),
         ("checkpoints/a.py", "import transformers, megatron.core"),
         ("kernels/a.py", "import triton, torch, math\nfrom megatron_xact.activations import get"),
         ("kernels/quack_gemm.py", "def f():\n    import quack.epilogue.frontend, cutlass"),
@@ -167,8 +168,8 @@ warnings.simplefilter("ignore")
 def ours():
     import megatron_xact
     walk = pkgutil.walk_packages(megatron_xact.__path__, "megatron_xact.")
-    absent = ("__main__",) if importlib.util.find_spec("transformer_engine") else ("__main__", "te_ops", "te_mlp")
-    return [m.name for m in walk if not m.name.endswith(absent)]
+    absent = "__main__" if importlib.util.find_spec("transformer_engine") else ("__main__", "layers.te.")
+    return [m.name for m in walk if not m.name.removeprefix("megatron_xact.").startswith(absent)]
 
 def snapshot():
     # id() of every attribute of every loaded megatron module, and of every class defined in one. The objects

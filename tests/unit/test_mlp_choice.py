@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_xact import activations
+from megatron_xact.bench import mlp as bench
 from megatron_xact.kernels import backends, linear, mlp_choice, mlp_timing
 from megatron_xact.kernels.mlp_choice import choose
 from megatron_xact.kernels.mlp_timing import Shape
@@ -23,7 +24,7 @@ XIELU = activations.get("xielu")
 
 
 class Gauge:
-    """Stands for the GPU: timings that are given, and how often somebody asked."""
+    """Stands for the GPU: timings that are given, and how often somebody asked. Of tiles, the last is the fastest."""
 
     def __init__(self, **seconds: float):
         self.seconds, self.failed, self.asked = seconds, {}, 0
@@ -31,7 +32,24 @@ class Gauge:
     def __call__(self, activation, shape, device, candidates):
         self.asked += 1
         assert set(candidates) <= {*self.seconds, *self.failed}
-        return {name: value for name, value in self.seconds.items() if name in ("unfused", *candidates)}, self.failed
+        seconds = {name: value for name, value in self.seconds.items() if name in ("unfused", *candidates)}
+        tiles = {
+            backend: {
+                direction: {name: 0.5 - i / 100 for i, name in enumerate(tiles_of(backend, direction))}
+                for direction in ("forward", "backward")
+            }
+            for backend in seconds
+            if backend != "unfused"
+        }
+        for what in self.failed.keys() - {*candidates}:
+            backend, direction, tile = what.split(" ", 2)
+            assert tile in tiles[backend][direction]
+            tiles[backend][direction][tile] = None
+        return mlp_timing.Measured(seconds, tiles, self.failed)
+
+
+def tiles_of(backend: str, direction: str, shape=SHAPE) -> list[str]:
+    return mlp_timing.tiles_of(backend, direction, XIELU, shape, CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +79,48 @@ def asked_again(gauge: Gauge, candidates=("triton", "quack"), shape=SHAPE, activ
 
 def test_the_fastest_is_chosen_and_told():
     choice = choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=Gauge(unfused=6.8e-3, triton=6.9e-3, quack=6.4e-3))
-    assert choice.backend == "quack"
+    assert choice.way.backend == "quack"
     assert "quack 6.400 ms, unfused 6.800 ms, triton 6.900 ms" in choice.reason
     new_process()
-    assert choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=6.8e-3, triton=6.9e-3)).backend == "unfused"
+    choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=6.8e-3, triton=6.9e-3))
+    assert choice.way == ("unfused", None, None)
+
+
+def test_the_fastest_tiles_are_chosen_and_told():
+    gauge = Gauge(unfused=2.0, triton=3.0, quack=1.0)
+    forward, backward = tiles_of("quack", "forward"), tiles_of("quack", "backward")
+    assert len(forward) > 2 and len(backward) > 2
+    for _ in range(2):  # measured, and read in another process
+        choice = choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=gauge)
+        assert choice.way == ("quack", forward[-1], backward[-1])
+        assert f"tiles {forward[-1]} forward, {backward[-1]} backward" in choice.reason
+        assert list(choice.tiles["triton"]["forward"]) == tiles_of("triton", "forward")
+        new_process()
+    assert gauge.asked == 1
+
+
+def test_ranks_that_measure_at_the_same_time_take_what_the_first_has_written():
+    first = Gauge(unfused=2.0, triton=1.0)
+
+    def second(*shape):
+        new_process()
+        choose(XIELU, SHAPE, CPU, ["triton"], measure=first)
+        return Gauge(unfused=1.0, triton=2.0)(*shape)
+
+    choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=second)
+    assert choice.way.backend == "triton" and "by others meanwhile" in choice.reason
+    assert choose(XIELU, SHAPE, CPU, ["triton"], measure=second, refresh=True).way.backend == "unfused"
+
+
+def test_a_tile_that_does_not_work_is_left_out_and_named(cache):
+    gauge = Gauge(unfused=2.0, quack=1.0)
+    *_, second, last = tiles_of("quack", "backward")
+    gauge.failed = {f"quack backward {last}": "failed: too much shared memory"}
+    choice = choose(XIELU, SHAPE, CPU, ["quack"], measure=gauge)
+    assert choice.way.backward == second and choice.tiles["quack"]["backward"][last] is None
+    assert f"quack backward {last}: failed: too much shared memory" in choice.reason
+    new_process()
+    assert choose(XIELU, SHAPE, CPU, ["quack"], measure=gauge).way == choice.way and gauge.asked == 1  # remembered
 
 
 def test_it_is_measured_once(cache):
@@ -73,6 +129,7 @@ def test_it_is_measured_once(cache):
     [file] = files(cache)
     stored = json.loads(file.read_text())
     assert stored["seconds"] == gauge.seconds
+    assert list(stored["tiles"]["quack"]["forward"]) == tiles_of("quack", "forward")
     assert stored["key"]["tokens"] == 64 and stored["key"]["dtype"] == "bfloat16" and stored["key"]["gated"] is False
     assert not asked_again(gauge)  # another process
     choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=gauge)
@@ -118,8 +175,14 @@ def test_another_version_is_measured_anew(monkeypatch):
         lambda text: text.replace('"triton": 1.0', '"triton": "fast"'),
         lambda text: text.replace('"seconds"', '"second"'),
         lambda text: text.replace('"tokens": 64', '"tokens": 32'),  # another key's, copied or renamed
+        lambda text: text.replace('"tiles"', '"tile"'),  # as before they were measured
+        lambda text: text.replace("128x160", "128x168"),  # no longer one
+        lambda text: text.replace(": 0.49", ": -0.49"),
+        lambda text: text.replace(": 0.5", ": null").replace(": 0.49", ": null"),  # all of triton's
+        lambda text: text.replace('"quack": {', '"quick": {'),
     ],
-    ids=["empty", "cut", "list", "nan", "negative", "word", "no seconds", "other key"],
+    ids=["empty", "cut", "list", "nan", "negative", "word", "no seconds", "other key", "no tiles", "other tile",
+         "negative tile", "no tile works", "tiles of another"],
 )
 def test_a_spoilt_file_is_measured_anew_and_written_whole(cache, spoil):
     gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
@@ -135,7 +198,7 @@ def test_a_spoilt_file_is_measured_anew_and_written_whole(cache, spoil):
 def test_what_cannot_be_written_is_said_and_still_chosen(cache, monkeypatch):
     cache.write_text("a file where the folder should be")
     choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=Gauge(unfused=2.0, triton=1.0))
-    assert choice.backend == "triton" and "not remembered" in choice.reason
+    assert choice.way.backend == "triton" and "not remembered" in choice.reason
     new_process()
     monkeypatch.delenv("XACT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "xdg"))
@@ -150,12 +213,12 @@ def test_trouble_while_measuring_leaves_the_mlp_unfused(cache):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     choice = choose(XIELU, SHAPE, CPU, ["triton"], measure=out_of_memory)
-    assert choice.backend == "unfused" and "CUDA out of memory." in choice.reason
+    assert choice.way.backend == "unfused" and "CUDA out of memory." in choice.reason
     new_process()
     gauge = Gauge(unfused=2.0, quack=1.0)
     gauge.failed = {"triton": "failed: no such instruction"}
     choice = choose(XIELU, SHAPE, CPU, ["triton", "quack"], measure=gauge)
-    assert choice.backend == "quack" and "triton: failed: no such instruction" in choice.reason
+    assert choice.way.backend == "quack" and "triton: failed: no such instruction" in choice.reason
     assert not files(cache)  # neither is remembered
 
 
@@ -163,7 +226,7 @@ def test_on_a_cpu_nothing_is_measured():
     gauge = Gauge(unfused=2.0, triton=1.0)
     reasons = mlp_choice.unavailable_reasons(XIELU, torch.bfloat16, CPU)
     assert reasons.keys() == set(linear.BACKENDS) and "needs a GPU" in reasons["triton"]
-    assert choose(XIELU, SHAPE, CPU, [], measure=gauge).backend == "unfused" and gauge.asked == 0
+    assert choose(XIELU, SHAPE, CPU, [], measure=gauge).way.backend == "unfused" and gauge.asked == 0
 
 
 def config(**changes) -> TransformerConfig:
@@ -206,6 +269,14 @@ def test_reference_kernels_rule_fused_ones_out(monkeypatch):
     assert all("kernels = 'reference'" in reason for reason in reasons.values()) and len(reasons) == 2
 
 
+def test_the_tiles_are_shown():
+    tiles = {"triton": {"forward": {"a": 2e-3, "b": None, "c": 1e-3}, "backward": {"d": 3e-3}}}
+    seconds = {"unfused": 2e-2, "triton": 1e-2}
+    row = bench.Row("xielu", 64, 32, 96, 1, "bfloat16", False, 1, seconds, "triton", "", tiles)
+    told = bench.table([row])
+    assert "  triton forward: c 1.000 ms, a 2.000 ms, b left out\n  triton backward: d 3.000 ms\n" in told
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ["xielu", "xsilu_glu2", "relu2"])
@@ -218,7 +289,7 @@ def test_every_way_computes_the_same(name, bias):
     out = (record.value(gate, o.p) * up) @ o.w2_HF.T
     inputs = [o.x_MH, o.w1_WH, o.w2_HF, *([o.bias_W] if bias else []), *o.learned]
     truth = [out, *torch.autograd.grad(out, inputs, o.dout_MH)]
-    for found in (mlp_timing.unfused(o), mlp_timing.fused("unfused", o)):
+    for found in (mlp_timing.unfused(o), mlp_timing.fused(linear.Way("unfused"), o)):
         assert [t.shape for t in found] == [t.shape for t in truth]
         assert mlp_timing.disagreement(found, truth) < 1e-6
     wrong = [*truth[:-1], truth[-1] * 1.01]
@@ -226,16 +297,48 @@ def test_every_way_computes_the_same(name, bias):
     assert not mlp_timing.disagreement([*truth[:-1], truth[-1] * torch.nan], truth) <= 1.0
 
 
-def test_a_backend_that_computes_something_else_is_not_used(monkeypatch):
+@pytest.fixture
+def planted(monkeypatch):
+    """Kernels that are torch's, and a list of (backend, direction, tile or None for each) that compute wrongly."""
+    wrong, forward, backward = [], linear.forward, linear.backward
+
+    def factor(backend, direction, tile):
+        if (backend, direction, "crash") in wrong:
+            raise RuntimeError("no such  instruction")
+        return 1.2 if {(backend, direction, tile), (backend, direction, None)} & {*wrong} else 1.0
+
+    def ahead(backend, *args, tile=None):
+        found = forward("unfused", *args)
+        return found._replace(y_MF=found.y_MF * factor(backend, "forward", tile))
+
+    def back(backend, *args, tile=None):
+        found = backward("unfused", *args)
+        return found._replace(dpre_MW=found.dpre_MW * factor(backend, "backward", tile))
+
+    monkeypatch.setattr(linear, "forward", ahead)
+    monkeypatch.setattr(linear, "backward", back)
+    return wrong
+
+
+def test_a_tile_that_computes_something_else_is_not_used(planted):
     """The last line of defence: a kernel is compared with the unfused results before it may be chosen."""
-    right = linear.backward
+    first, *others = tiles_of("quack", "forward")
+    planted += [("quack", "forward", tile) for tile in others] + [("triton", "backward", None)]
+    measured = mlp_timing.measure(XIELU, SHAPE, CPU, ["triton", "quack"], repeats=1)
+    assert measured.seconds.keys() == {"unfused", "quack"} and all(value > 0 for value in measured.seconds.values())
+    times = measured.tiles["quack"]
+    assert [tile for tile, value in times["forward"].items() if value] == [first] and set(times["forward"]) > {first}
+    assert all(times["backward"].values()) and len(times["backward"]) == 3
+    way = mlp_timing.fastest("quack", times)
+    assert way.forward == first and times["backward"][way.backward] == min(times["backward"].values())
+    assert measured.failed.keys() == {"triton", *(f"quack forward {tile}" for tile in others)}
+    assert all("differ from the unfused ones by 2.0e-01" in why for why in measured.failed.values())
 
-    def slightly_wrong(backend, activation, *args):
-        result = right(linear.UNFUSED, activation, *args)
-        return result._replace(dpre_MW=result.dpre_MW * (1.1 if backend == "quack" else 1.0))
 
-    monkeypatch.setattr(linear, "forward", lambda backend, *args, forward=linear.forward: forward("unfused", *args))
-    monkeypatch.setattr(linear, "backward", slightly_wrong)
-    seconds, failed = mlp_timing.measure(XIELU, SHAPE, CPU, ["triton", "quack"], repeats=1)
-    assert seconds.keys() == {"unfused", "triton"} and all(value > 0 for value in seconds.values())
-    assert failed.keys() == {"quack"} and "differ from the unfused ones" in failed["quack"]
+def test_a_backend_that_does_not_compile_is_not_used(planted):
+    planted += [("quack", "backward", "crash")]
+    measured = mlp_timing.measure(XIELU, SHAPE, CPU, ["quack"], repeats=1)
+    assert measured.seconds.keys() == {"unfused"} and not measured.tiles
+    tile = tiles_of("quack", "backward")[0]
+    why = f"none of its tiles works, quack backward {tile}: failed: no such instruction"
+    assert measured.failed == {"quack": why}

@@ -96,7 +96,7 @@ def _run(o: Operands, smooth: bool) -> list[Tensor]:
     from megatron_xact.layers.parallel_linear import Call
 
     call = Call(o.activation, SimpleNamespace(size=lambda: 1), False, False, tell_hooks=None, hooked=False)
-    layer.select_smooth(smooth)
+    layer.select(layer.Settings(smooth=smooth))
     out = layer.function()(o.x_MH, o.w1_WH, None, o.w2_HF, call, *o.learned)
     return [out, *torch.autograd.grad(out, [o.x_MH, o.w1_WH, o.w2_HF, *o.learned], o.dout_MH)]
 

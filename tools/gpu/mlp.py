@@ -15,9 +15,11 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
 from megatron_xact.kernels import linear, mlp_timing, reference
 from megatron_xact.kernels.backends import backend_of
 from megatron_xact.kernels.benchmark import clock, published_formula
+from megatron_xact.kernels.linear import Way
 from megatron_xact.kernels.mlp_timing import Shape
 from tools.gpu.context import Context, Failure
 
@@ -50,14 +52,24 @@ def mlp(context: Context, data: dict) -> str:
 
 # --- is it right ---
 def _ways(backend: str, direction: str, activation: Activation, *tensors: Tensor) -> Iterator[tuple[str, Callable]]:
-    """(label, call) for every candidate tile; the call takes what `linear.forward` or `backward` does after backend."""
+    """(label, call) for every candidate tile; the call is as `forward` or `backward` of a backend's module."""
     if backend == linear.UNFUSED:
-        door = linear.forward if direction == FORWARD else linear.backward
-        yield backend, lambda *args: door(linear.UNFUSED, *args)
+        yield backend, _unfused_forward if direction == FORWARD else _unfused_backward
         return
     module = importlib.import_module(f"megatron_xact.kernels.{backend}_gemm")
     for tile in module.candidates(direction, activation, *tensors):
         yield f"{backend} {tile}", lambda *args, tile=tile: getattr(module, direction)(*args, tile=tile)
+
+
+def _unfused_forward(record: Activation, x: Tensor, w1: Tensor, p: Values, bias: Tensor | None):
+    found = linear.forward(linear.UNFUSED, record, x, w1, p, bias, with_pre=True)
+    return found.pre_MW, found.y_MF
+
+
+def _unfused_backward(record: Activation, dout: Tensor, w2: Tensor, pre: Tensor, p: Values, bias: Tensor | None):
+    by_output = linear.saves_output(record, pre.dtype)
+    saved = backend_of(record, pre).forward(record, pre, p, bias) if by_output else pre
+    return linear.backward(linear.UNFUSED, record, dout, w2, saved, p, bias)
 
 
 def _correctness(context: Context, data: dict, backends: list[str]) -> list[str]:
@@ -122,7 +134,8 @@ def _errors(o: mlp_timing.Operands, backend: str) -> Iterator[tuple[str, float]]
         yield f"twice backward {label}", 0.0 if all(torch.equal(a, b) for a, b in pairs) else torch.inf
     biases = [] if bias64 is None else ["dbias"]
     names = ["out", "dx", "dw1", "dw2", *biases, *(f"d {q.symbol}" for q in record.trainable)]
-    for what, ours, true_value in zip(names, mlp_timing.fused(backend, o), _exact_mlp(o, p64, bias64), strict=True):
+    results = mlp_timing.fused(Way(backend), o)
+    for what, ours, true_value in zip(names, results, _exact_mlp(o, p64, bias64), strict=True):
         error = (ours.double() - true_value.reshape(ours.shape)).norm() / true_value.norm()
         yield f"MLP {what} {backend}", (error / mlp_timing.AGREEMENT[torch.bfloat16]).item()
 
@@ -151,17 +164,17 @@ def _memory(context: Context, data: dict, backends: list[str]) -> list[str]:
     o = mlp_timing.operands(activations.get("xielu"), _shape(context, False, 1), context.device)
     data["memory"] = found = {}
     for backend in backends:
-        mlp_timing.fused(backend, o)  # compiles
+        mlp_timing.fused(Way(backend), o)  # compiles
         torch.cuda.synchronize(context.device)
         before = torch.cuda.memory_allocated(context.device)
         with torch.no_grad():
-            pre, y = linear.forward(backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W)
-        kept = [pre, y] if backend == linear.UNFUSED else [pre]
-        del pre, y
+            saved, y, _ = linear.forward(backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W)
+        kept = [saved, y] if backend == linear.UNFUSED else [saved]
+        del saved, y, _
         held = torch.cuda.memory_allocated(context.device) - before
         del kept
         torch.cuda.reset_peak_memory_stats(context.device)
-        (mlp_timing.unfused if backend == linear.UNFUSED else lambda o, b=backend: mlp_timing.fused(b, o))(o)
+        (mlp_timing.unfused if backend == linear.UNFUSED else lambda o, b=backend: mlp_timing.fused(Way(b), o))(o)
         peak = torch.cuda.max_memory_allocated(context.device) - before
         found[backend] = {"held": held, "peak": peak}
         print(f"{backend:10} held {held / 2**20:8.1f} MiB, peak {peak / 2**20:8.1f} MiB", flush=True)
@@ -223,7 +236,7 @@ def _tiles(context: Context, data: dict, backends: list[str]) -> list[str]:
 
 def _kernels(o: mlp_timing.Operands, direction: str, backends: list[str]) -> dict[str, Callable]:
     record, (x, w1, w2, dout) = o.activation, (o.x_MH, o.w1_WH, o.w2_HF, o.dout_MH)
-    pre, y = linear.forward(linear.UNFUSED, record, x, w1, o.p, o.bias_W)
+    pre, y, _ = linear.forward(linear.UNFUSED, record, x, w1, o.p, o.bias_W)
     kernel = backend_of(record, pre)
     if direction == FORWARD:
         args, tensors = (record, x, w1, o.p, o.bias_W), (x, w1, y)
@@ -247,11 +260,15 @@ def _whole(context: Context, data: dict, backends: list[str]) -> list[str]:
         formula = published_formula(record)
         for shape in _shapes(context, record.gated):
             o = mlp_timing.operands(record, shape, context.device)
-            pre, y = linear.forward(linear.UNFUSED, record, o.x_MH, o.w1_WH, o.p, o.bias_W)
+            pre, y, _ = linear.forward(linear.UNFUSED, record, o.x_MH, o.w1_WH, o.p, o.bias_W)
             pre, y = pre.detach(), y.detach()
             calls = {mlp_timing.GEMMS: lambda o=o, pre=pre, y=y: mlp_timing.gemms(o, pre, y),
                      linear.UNFUSED: lambda o=o: mlp_timing.unfused(o)}  # fmt: skip
-            calls |= {b: lambda o=o, b=b: mlp_timing.fused(b, o) for b in backends if b != linear.UNFUSED}
+            for backend in backends[1:]:  # with the tiles that a run would choose
+                tiles, left_out = mlp_timing.tuned(backend, o, shape, 3 if context.quick else 10)
+                way = mlp_timing.fastest(backend, tiles) or Way(backend)
+                print(f"    {way}, left out: {left_out}", flush=True)
+                calls[backend] = lambda o=o, way=way: mlp_timing.fused(way, o)
             if context.device.type == "cuda":
                 torch.compiler.reset()
                 compiled = torch.compile(formula, dynamic=False)

@@ -31,7 +31,7 @@ def te(context: Context, data: dict) -> str:
     if context.device.type != "cuda":
         raise Skip("TransformerEngine computes on GPUs only; tests/te covers its Python layer")
     try:
-        import megatron_xact.layers.te_ops  # noqa: F401
+        import megatron_xact.layers.te.joint  # noqa: F401
     except (ImportError, OSError) as error:
         raise Skip(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
     failures: list[str] = []
@@ -64,7 +64,7 @@ def _mlp(context: Context, record: Activation, hidden: int, ffn: int, bias: bool
     """(Sequential, {name: parameter}) with the weights of `_weights`."""
     import transformer_engine.pytorch.ops as ops
 
-    from megatron_xact.layers.te_ops import ActivationOperation
+    from megatron_xact.layers.te.operation import ActivationOperation
 
     w1, b1, w2 = _weights(context, record, hidden, ffn)
     fc1 = ops.BasicLinear(hidden, w1.shape[0], device=context.device, dtype=w1.dtype)
@@ -126,7 +126,7 @@ def _bf16(context: Context, data: dict, failures: list[str]) -> str:
 
 def _ways(record: Activation, context: Context, data: dict) -> Iterator[tuple[str, str | None]]:
     """TE's linear layers, and joined through every backend that can run here (TE >= 2.17)."""
-    from megatron_xact.layers.te_ops import JOINT_FUSION
+    from megatron_xact.layers.te.joint import JOINT_FUSION
 
     yield "apart", None
     for backend in (linear.UNFUSED, *linear.BACKENDS) if JOINT_FUSION else ():
@@ -186,7 +186,7 @@ def _tensors(context: Context, data: dict, failures: list[str]) -> str:
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 
-    from megatron_xact.layers import te_ops
+    from megatron_xact.layers.te.quantized import quantized_forward
 
     tokens, _, ffn = _sizes(context)
     both, e4m3 = {"rowwise": True, "columnwise": True}, tex.DType.kFloat8E4M3
@@ -205,7 +205,7 @@ def _tensors(context: Context, data: dict, failures: list[str]) -> str:
         p = context.parameters(record)
         wide = context.backend.forward(record, x.float(), p)
         for kind, quantizer in quantizers.items():
-            ours = te_ops.quantized_forward(record, x, p, quantizer, rows=True, columns=True, internal=False)
+            ours = quantized_forward(record, x, p, quantizer, rows=True, columns=True, internal=False)
             label = f"{name} {kind}"
             found[label] = {}
             for what, value in (("of fp32", wide), ("of bf16", wide.bfloat16())):
@@ -250,7 +250,7 @@ def _between_modules(context: Context, data: dict, failures: list[str]) -> str:
     from transformer_engine.pytorch.quantization import autocast
 
     from megatron_xact.layers.activation import TrainableActivation
-    from megatron_xact.layers.te_ops import QuantizingActivation
+    from megatron_xact.layers.te.linear_input import QuantizingActivation
 
     tokens, hidden, ffn = _sizes(context)
     record, group = activations.get("xielu"), SimpleNamespace(size=lambda: 1)  # no tensor parallelism

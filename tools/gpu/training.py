@@ -55,8 +55,8 @@ def fp8_gate(context: Context, data: dict) -> str:
             "data.train-data-path": f'["{corpus}/train_text_document"]', "data.tokenizer-model": f"{corpus}/tokenizer",
             "data.valid-data-path": f'["{corpus}/validation_text_document"]',
         }  # fmt: skip
-        for way in ("plain", "smooth"):
-            sets["fp8.smooth"] = "true" if way == "smooth" else "false"
+        for way in ("smooth=false", "smooth=true", "gradients=e5m2"):
+            sets |= {"fp8.smooth": "false", "fp8.gradients": "e4m3"} | {f"fp8.{way.split('=')[0]}": way.split("=")[1]}
             words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
             _run(*XACT, "study", "fp8-gate", "configs/quickstart.toml", "--out", Path(folder, way), *words)
             data[way] = json.loads(Path(folder, way, "gate.json").read_text())

@@ -9,9 +9,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import linear, mlp_choice
+from megatron_xact.kernels import mlp_choice
+from megatron_xact.layers import fused_mlp
 from megatron_xact.layers.mlp import ActivationMLP
-from megatron_xact.layers.te_ops import ActivationOperation, QuantizingActivation, without_forward_hooks
+from megatron_xact.layers.te.joint import JOINT_FUSION
+from megatron_xact.layers.te.linear_input import QuantizingActivation
+from megatron_xact.layers.te.operation import ActivationOperation, without_forward_hooks
 
 
 class QuantizingMLP(ActivationMLP):
@@ -27,24 +30,34 @@ class QuantizingMLP(ActivationMLP):
 class OperationMLP(ActivationMLP, TEFusedMLP):
     """TE's operations on the modules' parameters (`--use-transformer-engine-op-fuser`), the activation one of them.
 
-    `[xact] mlp` naming a fused backend joins the linear layers and the activation in it, where TE does not compute in
-    FP8 nor overlap communication with these layers; "auto" and "unfused" leave the linear layers to TE.
+    The linear layers stay TE's until the layer's first forward pass in training, where `fused_mlp.decide` may join them
+    with the activation, by `[xact] mlp`: a fused backend that is named, or that "auto" finds to be the fastest. Not
+    where TE computes in FP8 or overlaps communication with these layers.
     """
 
     def __init__(
         self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs
     ):
         super().__init__(config, submodules, *args, activation=activation, **kwargs)
-        wanted = mlp_choice.selected()
-        fused_linear = wanted if wanted in linear.BACKENDS else None
-        self.activation_func = ActivationOperation(activation, self.tp_group, fused_linear=fused_linear)
+        self.activation_func = ActivationOperation(activation, self.tp_group)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """As `ActivationMLP`."""
         assert per_token_scale is None, "experts are refused by the layer spec"
+        if self.way is None and self.training:
+            self.way = fused_mlp.decide(self, hidden_states, self._unfit())
+            if self.way != fused_mlp.UNFUSED:
+                self.activation_func.fused_linear = self.way
+                self._fused_impl = None  # made anew, if by an evaluation before: TE keeps what it has not joined
         return TEFusedMLP.forward(self, hidden_states)
+
+    def _unfit(self) -> str | None:
+        """Why the linear layers stay TE's, or None."""
+        if not JOINT_FUSION:
+            return "joining TransformerEngine's operations needs TransformerEngine >= 2.17"
+        return fused_mlp.unfit_config(self.config, mlp_choice.selected())
 
     def _make_activation_op(self, *args, **kwargs) -> ActivationOperation:
         return self.activation_func
