@@ -78,21 +78,6 @@ def contenders(activation: Activation) -> dict[str, Call]:
 
 
 def measure(
-    contender: str,
-    call: Call,
-    activation: Activation,
-    dtype: torch.dtype,
-    rows: int,
-    columns: int,
-    device: torch.device,
-    repeats: int,
-    parameters: dict[str, Tensor] | None = None,
-) -> list[Measurement]:
-    """As `measure_in_turns`, of one contender."""
-    return measure_in_turns({contender: call}, activation, dtype, rows, columns, device, repeats, parameters)
-
-
-def measure_in_turns(
     calls: dict[str, Call],
     activation: Activation,
     dtype: torch.dtype,
@@ -191,7 +176,7 @@ def compare(
         activation = activations.get(name)
         for dtype in dtypes:
             torch.compiler.reset()  # after eight compilations of one function torch.compile would run it eagerly
-            found += measure_in_turns(contenders(activation), activation, dtype, rows, columns, device, repeats)
+            found += measure(contenders(activation), activation, dtype, rows, columns, device, repeats)
     return found
 
 

@@ -36,7 +36,7 @@ def bandwidth(context: Context, data: dict) -> str:
         record = activations.get(name)
         learned = {q.symbol: torch.tensor([q.init], device=context.device).requires_grad_() for q in record.trainable}
         for columns in sorted({width // tp for width in widths for tp in TENSOR_PARALLEL}):
-            found += benchmark.measure("xact", benchmark.ours_alone(record), record, torch.bfloat16, tokens, columns,
+            found += benchmark.measure({"xact": benchmark.ours_alone(record)}, record, torch.bfloat16, tokens, columns,
                                        context.device, 30, learned)  # fmt: skip
             line = "  ".join(f"{m.direction} {m.bytes_per_second / ceiling:5.1%}" for m in found[-2:])
             print(f"{name:12}{tokens:7}{columns:7}  {line}", flush=True)
@@ -61,7 +61,7 @@ def peers(context: Context, data: dict) -> str:
     tokens, columns = (64, 768) if context.quick else (TOKENS, 12288)
     found = benchmark.compare(["xielu", "relu2", "swiglu"], [torch.bfloat16], tokens, columns, context.device, 30)
     for name, contender, call, learned in _others(context, data):
-        found += benchmark.measure(contender, call, activations.get(name), torch.bfloat16, tokens, columns,
+        found += benchmark.measure({contender: call}, activations.get(name), torch.bfloat16, tokens, columns,
                                    context.device, 30, learned)  # fmt: skip
     for m in found:
         print(f"{m.activation:10}{m.contender:16}{m.direction:10}{m.median * 1e3:9.3f} ms", flush=True)
