@@ -49,6 +49,14 @@ def test_the_studys_table_is_that_of_the_committed_report():
         assert c["trends"]["size"]["p"] < 0.03
 
 
+def test_the_gates_table_is_that_of_the_committed_results():
+    for title, folder in (("e4m3, the default", "fp8_gate_cpu"), ("e5m2", "fp8_gate_cpu_e5m2")):
+        gate = json.loads((ROOT / "tools/results" / folder / "gate.json").read_text())
+        value, low, high = (f"{gate['gap'][key]:+.4f}" for key in ("value", "low", "high"))
+        verdict = ("PASS" if gate["passed"] else "FAIL") + ("" if gate["settled"] else ", not settled")
+        assert f"| {title} | {value} [{low}, {high}] | {gate['validation_gap']:+.4f} | {verdict} |" in README
+
+
 def test_its_files_and_commands_exist():
     for path in re.findall(r"`?((?:launch|tests|tools|configs)/[\w./-]+\.(?:sh|py|toml|json|png))", README):
         assert (ROOT / path).exists(), path
