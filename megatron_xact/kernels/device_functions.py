@@ -52,6 +52,27 @@ def reciprocal(d, EXACT: tl.constexpr):
 
 
 @triton.jit
+def leading_bits(x):
+    """x without its last 12 bits: products of two such numbers are exact, and so is the rest."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal_residual(t, u, h):
+    """1 - t (1 + 0.35 u), where t is nearly 1 / (1 + 0.35 u) and h = leading_bits(u); with or without FMA."""
+    HIGH: tl.constexpr = 0.3499755859375  # HIGH + LOW is 0.35 in fp32, of which HIGH has the leading bits
+    LOW: tl.constexpr = 2.440810203552246e-05
+    rest = u - h
+    product = 0.35 * u
+    product_error = ((HIGH * h - product) + HIGH * rest + LOW * h) + LOW * rest
+    d = 1.0 + product
+    d_error = tl.where(product < 1.0, (1.0 - d) + product, (product - d) + 1.0) + product_error
+    t_high, d_high = leading_bits(t), leading_bits(d)
+    t_low, d_low = t - t_high, d - d_high
+    return (((1.0 - t_high * d_high) - t_high * d_low) - t_low * d_high) - t_low * d_low - t * d_error
+
+
+@triton.jit
 def expm1_quotient(x):
     """(expm1(x) - x) / x^2 for -1 <= x <= 0, relative error 2e-8."""
     p = 0.00013700773706659675
@@ -84,8 +105,12 @@ def sigmoid_gate(x, EXACT: tl.constexpr):
     u = tl.abs(x)
     e = exp_of_sum(-u, 0.0, EXACT)
     s = reciprocal(1.0 + e, EXACT)
+    tail = e * s  # of the gate at -u
+    if EXACT:  # once more, with the division's error times the tail only
+        tail = e - e * tail
+        s = 1.0 - tail
     one_minus_e = tl.where(u < 1.0, u - u * u * expm1_quotient(-u), 1.0 - e)
-    return tl.where(x > 0.0, s, e * s), e * s * s, with_sign_of(one_minus_e * s, x)
+    return tl.where(x > 0.0, s, tail), tail * s, with_sign_of(one_minus_e * s, x)
 
 
 @triton.jit
@@ -94,13 +119,15 @@ def normal_gate(x, EXACT: tl.constexpr):
     u = tl.abs(x)
     if EXACT:  # exp(-u^2/2), with u^2 = h^2 + (u - h)(u + h) and h the leading 12 bits of u, so that h^2 is exact
         u = tl.where(u > 15.0, 15.0, u)  # Phi(-15) is 0 in fp32
-        h = (u.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        h = leading_bits(u)
         e = exp_of_sum(-0.5 * h * h, -0.5 * (u - h) * (u + h), EXACT)
-    v = u * u
-    if not EXACT:
-        e = tl.exp2(v * -0.7213475204444817)
+    else:
+        e = exp(-0.5 * u * u)
     # Phi(-u) = exp(-u^2/2) t P(t): relative error 3e-8 for 0 <= u <= 15
     t = reciprocal(1.0 + 0.35 * u, EXACT)
+    last = t  # factor, which makes the division's error good: t P(t) goes about as t^1.75
+    if EXACT:
+        last = t + 1.75 * (t * reciprocal_residual(t, u, h))
     p = -0.02916393242776394
     p = p * t + 0.14406083524227142
     p = p * t - 0.25590193271636963
@@ -110,8 +137,9 @@ def normal_gate(x, EXACT: tl.constexpr):
     p = p * t + 0.11981549113988876
     p = p * t + 0.13986434042453766
     p = p * t + 0.13962125778198242
-    tail = e * (p * t)
+    tail = e * (p * last)
     # erf(u / sqrt 2) = u P(u^2): relative error 1e-9 for 0 <= u <= 1
+    v = u * u
     q = -1.530841655039694e-05
     q = q * v + 0.0002269727410748601
     q = q * v - 0.0023726599756628275
@@ -119,8 +147,8 @@ def normal_gate(x, EXACT: tl.constexpr):
     q = q * v - 0.13298071920871735
     q = q * v + 0.7978845834732056
     odd = tl.where(u < 1.0, u * q, 1.0 - 2.0 * tail)
-    if EXACT:  # where both serve, erf is the more accurate
-        tail = tl.where(u < 1.0, 0.5 - 0.5 * odd, tail)
+    if EXACT:  # where erf is small, it is the more accurate
+        tail = tl.where(u < 0.6, 0.5 - 0.5 * odd, tail)
     return tl.where(x > 0.0, 1.0 - tail, tail), e * 0.3989422804014327, with_sign_of(odd, x)
 
 

@@ -14,6 +14,7 @@ NAMES = [name for name in activations.names() if not activations.get(name).gated
 # away from the initial values, where a coefficient may be 0 or 1
 MOVED = {"alpha_p": 0.3, "alpha_n": 1.7, "alpha": 0.21}
 SMALLEST_NORMAL = 2.0**-126
+ULPS = 4  # of the formula's largest term, beside twice the rounding of the exact result
 
 
 def sample(dtype: torch.dtype) -> Tensor:
@@ -48,18 +49,11 @@ def excess(
     rounded, exact = ours.to(dtype).double(), true.to(dtype).double()
     finite = exact.isfinite()
     assert torch.equal(rounded[~finite], exact[~finite]) or not record.smooth  # overflow to the same infinity
-    terms = allowed_ulps(record.name, key, dtype) * ulp(largest_term(record.name, key, x.double(), p, true))
+    terms = ULPS * ulp(largest_term(record.name, key, x.double(), p, true))
     bound = 2 * (exact - true).abs() + terms + SMALLEST_NORMAL
     ratio = torch.where(finite, (rounded - true).abs() / bound, 0.0).nan_to_num(nan=torch.inf)
     at = int(ratio.argmax())
     return float(ratio[at]), float(x[at])
-
-
-def allowed_ulps(name: str, key: str, dtype: torch.dtype) -> int:
-    """Ulps of the largest term: 4. Two results stored in fp32 have more: products of several rounded factors."""
-    if dtype == torch.float32 and "gelu" in name and name != "gelu_tanh":
-        return 6  # the normal cdf's tail: an exp, a reciprocal, a polynomial of it, x
-    return 5 if dtype == torch.float32 and "silu" in name and key == "slope" else 4
 
 
 def ulp(magnitude: Tensor) -> Tensor:
