@@ -11,6 +11,8 @@ Suffixes: M, N = outer dimensions, K = inner one; C = columns of a matrix that i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,25 +40,38 @@ def scaling_for(amax: Tensor, dtype: torch.dtype) -> PerTensor:
     return PerTensor(fp8.factor(amax, dtype, power_of_two=True))
 
 
-def quantized(value: Tensor, dtype: torch.dtype, *, rows: bool = False, columns: bool = False,
-              multiplier: Tensor | None = None) -> Quantized:  # fmt: skip
-    """A tensor [..., C] in FP8, scaled by its own amax; multiplier: [C], as in `fp8.forward`."""
-    amax = fp8.amax(value) if multiplier is None else _amax_of(fp8.amax(value, by_column=True), multiplier)
-    return fp8.cast(value, scaling_for(amax, dtype), dtype, rows=rows, columns=columns, multiplier=multiplier)
+def scaling_of(value: Tensor, dtype: torch.dtype) -> PerTensor:
+    """The factor for this tensor."""
+    return scaling_for(fp8.amax(value), dtype)
 
 
-def activation_scaling(
-    activation: Activation, pre: Tensor, p: Values, bias: Tensor | None, w2_HF: Tensor | None
-) -> tuple[PerTensor, Tensor | None]:
-    """(factor, multiplier [F] or None) with which activation(pre + bias) is quantized.
+def quantized(value: Tensor, dtype: torch.dtype, *, rows: bool = False, columns: bool = False) -> Quantized:
+    """A tensor [..., C] in FP8, scaled by its own amax."""
+    return fp8.cast(value, scaling_of(value, dtype), dtype, rows=rows, columns=columns)
 
-    w2_HF: the weight it is multiplied with, to be smoothed against (`smoothing`); None: no multiplier.
-    """
-    if w2_HF is None:
-        return scaling_for(fp8.forward_amax(activation, pre, p, bias), VALUES), None
-    peaks = fp8.forward_amax(activation, pre, p, bias, by_column=True)
-    multiplier = smoothing(peaks, fp8.amax(w2_HF, by_column=True))
-    return scaling_for(_amax_of(peaks, multiplier), VALUES), multiplier
+
+class SecondProduct(NamedTuple):
+    """How y and fc2's weight are quantized for y w2^T: factors, and what y's columns are multiplied by and w2's
+    divided by first, [F], or None."""
+
+    y: PerTensor
+    w2: PerTensor
+    multiplier: Tensor | None
+
+
+def second_product(
+    activation: Activation, pre: Tensor, p: Values, bias: Tensor | None, w2_HF: Tensor, smooth: bool
+) -> SecondProduct:
+    """y = activation(pre + bias); smooth: with a multiplier, see `smoothing`."""
+    if not smooth:
+        amax = fp8.forward_amax(activation, pre, p, bias)
+        return SecondProduct(scaling_for(amax, VALUES), scaling_of(w2_HF, VALUES), None)
+    y_peaks, w2_peaks = fp8.forward_amax(activation, pre, p, bias, by_column=True), fp8.amax(w2_HF, by_column=True)
+    multiplier = smoothing(y_peaks, w2_peaks)
+    # of columns multiplied by powers of two, these are the largest exactly
+    amaxes = ((peaks * factor).amax().reshape(1) for peaks, factor in
+              ((y_peaks, multiplier), (w2_peaks, 1.0 / multiplier)))  # fmt: skip
+    return SecondProduct(*(scaling_for(amax, VALUES) for amax in amaxes), multiplier)
 
 
 def smoothing(activation_amax: Tensor, weight_amax: Tensor) -> Tensor:
@@ -69,8 +84,3 @@ def smoothing(activation_amax: Tensor, weight_amax: Tensor) -> Tensor:
     """
     exponent = ((weight_amax.log2() - activation_amax.log2()) / 2).round()
     return torch.where(exponent.isfinite(), exponent, 0.0).clamp(-60, 60).exp2()
-
-
-def _amax_of(peaks: Tensor, multiplier: Tensor) -> Tensor:
-    """Of a matrix with these magnitudes by column, its columns multiplied: exact, where they are powers of two."""
-    return (peaks * multiplier).amax().reshape(1)

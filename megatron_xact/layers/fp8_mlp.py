@@ -25,10 +25,11 @@ from megatron_xact.kernels.fp8 import PerTensor
 from megatron_xact.kernels.fp8_product import (
     GRADIENTS,
     VALUES,
-    activation_scaling,
     product,
     quantized,
     scaling_for,
+    scaling_of,
+    second_product,
 )
 from megatron_xact.kernels.ops import values_of
 from megatron_xact.layers.parallel_linear import Call, Function, added_to_main_grad, rows_of
@@ -66,25 +67,26 @@ class _FP8MLP(torch.autograd.Function):
         whole = call.gather(x)
         activation, p = call.activation, values_of(call.activation, learned)
 
-        x8, w8 = quantized(rows_of(whole), VALUES, rows=True), quantized(w1_WH, VALUES, rows=True)
+        rows = rows_of(whole)
+        x_scaling, w1_scaling = scaling_of(rows, VALUES), scaling_of(w1_WH, VALUES)
+        x8, w8 = fp8.cast(rows, x_scaling, VALUES, columns=False), fp8.cast(w1_WH, w1_scaling, VALUES, columns=False)
         pre_MW = product(x8.rows_RC, x8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
         if call.hooked:
             call.tell_hooks(pre_MW, b1, backend_of(activation, pre_MW).forward(activation, pre_MW, p, b1))
 
-        scaling, multiplier_F = activation_scaling(activation, pre_MW, p, b1, w2_HF if settings.smooth else None)
-        y8 = fp8.forward(
-            activation, pre_MW, p, scaling, VALUES, columns=False, bias=b1, multiplier=multiplier_F
-        )
-        w8 = quantized(w2_HF, VALUES, rows=True, multiplier=None if multiplier_F is None else 1.0 / multiplier_F)
+        y_scaling, w2_scaling, m_F = second_product(activation, pre_MW, p, b1, w2_HF, settings.smooth)
+        y8 = fp8.forward(activation, pre_MW, p, y_scaling, VALUES, columns=False, bias=b1, multiplier=m_F)
+        w8 = fp8.cast(w2_HF, w2_scaling, VALUES, columns=False, multiplier=None if m_F is None else 1.0 / m_F)
         out_MH = product(y8.rows_RC, y8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
-        ctx.save_for_backward(x, pre_MW, w1_WH, b1, w2_HF, scaling.scale, multiplier_F, *learned)
+        scales = x_scaling.scale, w1_scaling.scale, y_scaling.scale
+        ctx.save_for_backward(x, pre_MW, w1_WH, b1, w2_HF, *scales, m_F, *learned)
         return out_MH.view(*whole.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, dout):
-        x, pre_MW, w1_WH, b1, w2_HF, y_scale, multiplier_F, *learned = ctx.saved_tensors
+        x, pre_MW, w1_WH, b1, w2_HF, x_scale, w1_scale, y_scale, m_F, *learned = ctx.saved_tensors
         call: Call = ctx.call
         activation, p = call.activation, values_of(call.activation, learned)
         whole, gathering = call.start_gathering(x)
@@ -96,17 +98,15 @@ class _FP8MLP(torch.autograd.Function):
         dpre_scaling = scaling_for(fp8.backward_amax(activation, pre_MW, p, dy_MF, b1), gradients)
         back = fp8.backward(activation, pre_MW, p, dy_MF, dpre_scaling, gradients, bias=b1)
         dpre8 = back.dx
-        y8 = fp8.forward(
-            activation, pre_MW, p, PerTensor(y_scale), VALUES, rows=False, bias=b1, multiplier=multiplier_F
-        )
-        dw2 = _weight_gradient(w2_HF, ctx.main_grads[1], dout8, y8, call, multiplier_F)
+        y8 = fp8.forward(activation, pre_MW, p, PerTensor(y_scale), VALUES, rows=False, bias=b1, multiplier=m_F)
+        dw2 = _weight_gradient(w2_HF, ctx.main_grads[1], dout8, y8, call, m_F)
 
-        w8 = quantized(w1_WH, VALUES, columns=True)
+        w8 = fp8.cast(w1_WH, PerTensor(w1_scale), VALUES, rows=False)
         dx_MH = product(dpre8.rows_RC, dpre8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
         if gathering is not None:
             gathering.wait()
         dx, reducing = call.start_reduction(dx_MH.view(*whole.shape[:-1], -1), x)
-        x8 = quantized(rows_of(whole), VALUES, columns=True)
+        x8 = fp8.cast(rows_of(whole), PerTensor(x_scale), VALUES, rows=False)
         dw1 = _weight_gradient(w1_WH, ctx.main_grads[0], dpre8, x8, call)
         if reducing is not None:
             reducing.wait()

@@ -172,9 +172,9 @@ def test_smoothing_saves_what_outliers_would_flush():
     exact = pre.double().relu().square() @ w2.double().T
     errors = {}
     for smooth in (False, True):
-        scaling, m = fp8_product.activation_scaling(record, pre, p, None, w2 if smooth else None)
-        y = fp8.forward(record, pre, p, scaling, multiplier=m)
-        w = fp8_product.quantized(w2, torch.float8_e4m3fn, rows=True, multiplier=None if m is None else 1 / m)
+        of_y, of_w2, m = fp8_product.second_product(record, pre, p, None, w2, smooth)
+        y = fp8.forward(record, pre, p, of_y, multiplier=m)
+        w = fp8.cast(w2, of_w2, torch.float8_e4m3fn, multiplier=None if m is None else 1 / m)
         out = fp8_product.product(y.rows_RC, y.row_scale_inv, w.rows_RC, w.row_scale_inv, torch.float32)
         errors[smooth] = ((out - exact).norm() / exact.norm()).item()
     assert errors[False] > 0.3 and errors[True] < 0.05
