@@ -8,8 +8,9 @@ compiler drops the rest: forward pays for f alone. In the place of a derivative 
 Everything is fp32 and built from exp2, multiplication, addition and division, because that is what a GPU has and what
 Triton's interpreter can check. Nothing is computed as a difference that cancels: expm1(x) - x, erf, atan and the gates'
 tails are polynomials (fitted for the smallest largest relative error, which is in the comments, then rounded to fp32).
-EXACT says the result is stored in fp32: exp then reduces its argument first. For 16-bit results the
-plain exp (relative error about |x| 2^-24 for exp(-|x|)) is as good after rounding, and half the special-function work.
+EXACT says the result is stored in fp32: then exp is a polynomial and a reciprocal gets a step of Newton's, since a GPU's
+special functions are off by up to 2 ulps. For 16-bit results these (and exp's relative error of about |x| 2^-24 for
+exp(-|x|)) are as good after rounding.
 """
 
 from __future__ import annotations
@@ -33,22 +34,39 @@ def exp(x):
 
 @triton.jit
 def exp_of_sum(high, low, EXACT: tl.constexpr):
-    """exp(high + low) for high <= 0 and |low| < 0.2, to a few ulps if EXACT."""
+    """exp(high + low) for high <= 0 and |low| < 0.11, below 2^-126 too; to an ulp if EXACT."""
     if EXACT:
         high = tl.where(high < -110.0, -110.0, high)  # nan stays nan
-        n = (high * 1.4426950408889634 + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer
+        shifted = high * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: rounds to the nearest integer
+        n = shifted - 12582912.0
         r = ((high - n * 0.693359375) + n * 2.12194440e-4) + low  # n ln 2 in two parts, the first of them exact
-        return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
-    return exp(high + low)
+        # exp(r) = 1 + r + r^2 P(r): relative error 3e-8 for |r| < 0.465. A GPU's exp2 may be off by 2 ulps.
+        p = 0.0013753474922850728
+        p = p * r + 0.008396842516958714
+        p = p * r + 0.04167230427265167
+        p = p * r + 0.16666197776794434
+        p = p * r + 0.49999961256980896
+        p = (r * r * p + r) + 1.0
+        n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+        return p * power_of_two(n >> 1) * power_of_two(n - (n >> 1))  # two, of which none is below 2^-126
+    h = tl.exp2((high + low) * 0.7213475204444817)  # squared: a GPU's exp2 is 0 below 2^-126, a product is not
+    return h * h
+
+
+@triton.jit
+def power_of_two(n):
+    """2^n in fp32 for -126 <= n <= 127, int32."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def reciprocal(d, EXACT: tl.constexpr):
     """1/d for d >= 1. The hardware's reciprocal square root comes as one instruction, a division as eight."""
     if EXACT:
-        return 1.0 / d
+        d = tl.where(d > 8.507059173023462e37, 8.507059173023462e37, d)  # 2^126; nan stays nan
     r = tl.math.rsqrt(d)
-    return r * r
+    r *= r
+    return r + r * (1.0 - d * r) if EXACT else r
 
 
 @triton.jit
@@ -122,7 +140,7 @@ def normal_gate(x, EXACT: tl.constexpr):
         h = leading_bits(u)
         e = exp_of_sum(-0.5 * h * h, -0.5 * (u - h) * (u + h), EXACT)
     else:
-        e = exp(-0.5 * u * u)
+        e = exp_of_sum(-0.5 * u * u, 0.0, EXACT)
     # Phi(-u) = exp(-u^2/2) t P(t): relative error 3e-8 for 0 <= u <= 15
     t = reciprocal(1.0 + 0.35 * u, EXACT)
     last = t  # factor, which makes the division's error good: t P(t) goes about as t^1.75
