@@ -1,8 +1,8 @@
 """Megatron without a GPU: a stand-in for the CUDA calls of `megatron.training` 0.19 (gloo, CPU tensors).
 
 A development and test platform: it is what lets the quickstart, the tests and studies of tiny models run anywhere, with
-the same trainer, parallelism and checkpoints as on GPUs. It is the one place where this project replaces symbols of
-torch and Megatron at run time; importing it does nothing, `activate()` does, and refuses where CUDA is present.
+the same trainer, parallelism and checkpoints as on GPUs. Beside `mends` it is the one place where this project replaces
+symbols of torch and Megatron at run time; importing it does nothing, `activate()` does, and refuses where CUDA is.
 
 What stands in for what:
 * tensors asked for on "cuda" are made on the CPU: the factories that take `device=` are wrapped (a TorchFunctionMode
@@ -23,6 +23,8 @@ import sys
 from types import SimpleNamespace
 
 import torch
+
+from megatron_xact.pretraining import mends
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -190,10 +192,8 @@ def _stand_in_for_cuda_generator() -> None:
 def _adapt_megatron() -> None:
     from megatron.training import initialize, training
 
-    # `pretrain` has no argument for allow_no_cuda, and compiles a Makefile that the wheel lacks (the compiled dataset
-    # helper is in the wheel).
+    # `pretrain` has no argument for allow_no_cuda.
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-    initialize._compile_dependencies = lambda: None
     # Megatron's small fusions are torch.compile'd for GPUs and warmed up at start: minutes of C++ compilation here,
     # for nothing. Give back the plain functions.
     training.set_jit_fusion_options = lambda *args, **kwargs: None
@@ -202,7 +202,7 @@ def _adapt_megatron() -> None:
             if (plain := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
                 setattr(module, name, plain)
     _mend_async_saves()
-    _mend_adamw_resume()
+    mends.apply()
 
 
 def _mend_async_saves() -> None:
@@ -223,42 +223,3 @@ def _mend_async_saves() -> None:
 
     FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
     initialize.init_persistent_async_worker = lambda rank, mp_mode: stock_worker(rank, "fork")
-
-
-def _mend_adamw_resume() -> None:
-    """Let the distributed optimizer resume with torch's AdamW, all there is without TransformerEngine or apex.
-
-    Megatron 0.19.2 asserts that AdamW already has state while it builds the structure to load into, and then hands
-    one and the same `step` tensor to every parameter, so that each update would count as many steps as there are
-    parameters. Loading the fully reshardable format, it looks for a `step` per parameter that it left out when it
-    saved. Loading the other one (dp_reshardable), it puts the step of before the load, 0, over the loaded one, and in
-    fp32 it copies into views of parameters that require a gradient, which torch refuses.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    stock_sharded_state_dict = DistributedOptimizer.sharded_state_dict
-    stock_load_state_dict = DistributedOptimizer.load_state_dict
-    stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    @functools.wraps(stock_sharded_state_dict)
-    def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
-        if is_loading and not self.optimizer.state:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                moments = {key: torch.zeros_like(parameter) for key in self.optimizer_state_keys}
-                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return stock_sharded_state_dict(self, model_sharded_state_dict, is_loading, *args, **kwargs)
-
-    @functools.wraps(stock_load_state_dict)
-    def load_state_dict(self, state_dict):
-        stock_load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    @functools.wraps(stock_set_states)
-    @torch.no_grad()
-    def set_states(self, model_param, tensors):
-        stock_set_states(self, model_param, tensors | {"step": None})  # None: keep what the parameter group says
-
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer.load_state_dict = load_state_dict

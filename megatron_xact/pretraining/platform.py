@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from megatron_xact.pretraining import cpu_platform
+from megatron_xact.pretraining import cpu_platform, mends
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.config import RunConfig
 
@@ -19,18 +19,13 @@ def prepare(config: RunConfig) -> dict[str, Value]:
     """
     if not torch.cuda.is_available():
         cpu_platform.activate()
+    mends.apply()
     # Megatron wants one queue of work per device for its overlap of tensor-parallel communication.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=_installed("transformer_engine"))
     for key, value in arguments.items():
         if key in config.megatron and config.megatron[key] != value:
             _refuse(config, key, value)
-    has_adam = _installed("transformer_engine") or _installed("amp_C")  # apex's extension; PyPI's apex has none
-    if config.megatron.get("use-distributed-optimizer") and not (has_adam or cpu_platform.is_active()):
-        raise ValueError(
-            "use-distributed-optimizer needs TransformerEngine or NVIDIA's apex on a GPU: Megatron 0.19 cannot load "
-            "its checkpoints back into torch's AdamW; install one (`xact doctor`) or leave the flag out"
-        )
     arguments |= _for_async_saves(config)
     if config.xact.engine == "deepspeed":
         # Its parameters have no main_grad, into which Megatron's fused kernel and TransformerEngine's modules add.
