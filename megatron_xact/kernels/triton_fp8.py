@@ -29,6 +29,7 @@ from megatron_xact.kernels.triton_launch import (
     serves,
     slots,
     store_sums,
+    sum_along,
 )
 
 __all__ = ["backward", "backward_amax", "forward", "forward_amax", "serves"]
@@ -180,7 +181,7 @@ def backward_kernel(
         tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(dx), 1), 0))
     if dbias_ptr is not None:
         dbias_place = row_block.to(tl.int64) * width + first_column + column
-        tl.store(dbias_ptr + dbias_place, tl.sum(dx, 0), mask=in_columns)
+        tl.store(dbias_ptr + dbias_place, sum_along(dx, 0), mask=in_columns)
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)

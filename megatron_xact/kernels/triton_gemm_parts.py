@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_xact.kernels.triton_launch import evaluated
+from megatron_xact.kernels.triton_launch import evaluated, sum_along
 
 # row blocks whose tiles follow each other, so that they share the other operand's columns in the L2 cache
 GROUP = tl.constexpr(8)
@@ -103,11 +103,11 @@ def differentiated(
         y, df, dup = f * up, dy * up, dy * f
     s0, s1, s2 = 0.0, 0.0, 0.0
     if LEARNED & 1:
-        s0 = tl.sum(df * d0, 1)
+        s0 = sum_along(df * d0, 1)
     if LEARNED & 2:
-        s1 = tl.sum(df * d1, 1)
+        s1 = sum_along(df * d1, 1)
     if LEARNED & 4:
-        s2 = tl.sum(df * d2, 1)
+        s2 = sum_along(df * d2, 1)
     return y, df * slope, dup, s0, s1, s2
 
 
@@ -115,4 +115,4 @@ def differentiated(
 def store_bias_sums(dbias_ptr, row_block, width, first, column, columns, dpre):
     """A part's sums over its rows, to dbias_ptr [row blocks, width] from column `first` on."""
     place = row_block.to(tl.int64) * width + first + column
-    tl.store(dbias_ptr + place, tl.sum(dpre, 0), mask=column < columns)
+    tl.store(dbias_ptr + place, sum_along(dpre, 0), mask=column < columns)

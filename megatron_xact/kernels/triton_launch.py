@@ -51,8 +51,21 @@ def evaluated(x, p0, p1, p2, FUNCTION: tl.constexpr, EXACT: tl.constexpr, INTERP
 
 
 @triton.jit
+def sum_along(products, AXIS: tl.constexpr):
+    """tl.sum, of which every thread that has a share gets the same bits.
+
+    Adding 0 makes each product a rounded number of its own. A thread that holds one product would else fuse it into its
+    addition of a neighbour's, which is rounded, and the neighbour the other way round: two sums for one place.
+    """
+    return tl.sum(products + 0.0, AXIS)
+
+
+@triton.jit
 def store_sums(dp_ptr, place, places, s0, s1, s2, LEARNED: tl.constexpr):
-    """The sums of those of s0, s1 and s2 that are learned, to column `place` of dp_ptr [learned parameters, places]."""
+    """The sums of those of s0, s1 and s2 that are learned, to column `place` of dp_ptr [learned parameters, places].
+
+    A thread holds several of what is summed, or sums: see sum_along.
+    """
     dp_ptr += place
     if LEARNED & 1:
         tl.store(dp_ptr, tl.sum(s0))

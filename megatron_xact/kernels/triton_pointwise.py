@@ -30,6 +30,7 @@ from megatron_xact.kernels.triton_launch import (
     serves,
     slots,
     store_sums,
+    sum_along,
 )
 
 __all__ = ["backward", "forward", "serves"]
@@ -101,7 +102,7 @@ def backward_kernel(
         y = f * up
     if dscale_ptr is not None:
         column_blocks = tl.cdiv(columns, TILE_COLUMNS)
-        tl.store(dscale_ptr + row * column_blocks + column_block, tl.sum(dy * y, 1)[:, None], mask=row < rows)
+        tl.store(dscale_ptr + row * column_blocks + column_block, sum_along(dy * y, 1)[:, None], mask=row < rows)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
         y *= scale
@@ -116,9 +117,9 @@ def backward_kernel(
         tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:
         dbias_offset = row_block.to(tl.int64) * width + column
-        tl.store(dbias_ptr + dbias_offset, tl.sum(dx, 0)[None, :], mask=column < columns)
+        tl.store(dbias_ptr + dbias_offset, sum_along(dx, 0)[None, :], mask=column < columns)
         if GATED:
-            tl.store(dbias_ptr + dbias_offset + columns, tl.sum(dup, 0)[None, :], mask=column < columns)
+            tl.store(dbias_ptr + dbias_offset + columns, sum_along(dup, 0)[None, :], mask=column < columns)
     # a tile's padding has dy = 0, so it adds nothing
     store_sums(dp_ptr, tl.program_id(0), tl.num_programs(0), df * d0, df * d1, df * d2, LEARNED)
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,19 +126,26 @@ def compiled(
     kernel: triton.JITFunction, given: dict, constants: dict, arch: int, elements: int, divisible: bool = True
 ) -> Binary:
     """given: argument -> its type, None for a pointer that is None; constants: compile-time values and options."""
+    binary = compiled_by_triton(kernel, given, constants, arch, kernel.arg_names if divisible else ())
+    return disassembled(binary.asm["cubin"], elements, binary.metadata.shared)
+
+
+def compiled_by_triton(
+    kernel: triton.JITFunction, given: dict, constants: dict, arch: int, divisible: Collection[str]
+) -> triton.compiler.CompiledKernel:
+    """divisible: the arguments that are multiples of 16."""
     signature, values, hints = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         signature[argument] = given.get(argument) or "constexpr"
         if signature[argument] == "constexpr":
             values[argument] = constants.get(argument)
-        elif divisible and signature[argument] != "fp32" and not signature[argument].startswith("tensordesc"):
+        elif argument in divisible and not signature[argument].startswith(("fp32", "tensordesc")):
             hints[(i,)] = [["tt.divisibility", 16]]
-    binary = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, values, hints),
         target=GPUTarget("cuda", arch, 32),
         options={key: value for key, value in constants.items() if key not in kernel.arg_names},
     )
-    return disassembled(binary.asm["cubin"], elements, binary.metadata.shared)
 
 
 def disassembled(cubin: bytes, elements: int, shared_bytes: int = 0) -> Binary:

@@ -15,7 +15,7 @@ from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_functi
 
 @triton.jit
 def probe_kernel(x_ptr, out_ptr, p0, p1, p2, n, FUNCTION: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.arange(0, SIZE)
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = i < n
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
     f, slope, d0, d1, d2 = FUNCTION(x, p0, p1, p2, EXACT)
@@ -31,8 +31,9 @@ def evaluate(activation: Activation, x: Tensor, p: dict[str, float], exact: bool
     """{"f": ..., "slope": ..., symbol: derivative} at x, fp32."""
     out = torch.full((5, len(x)), math.nan, device=x.device)
     values = [p[q.symbol] for q in activation.parameters] + [0.0] * (MAX_PARAMETERS - len(activation.parameters))
-    probe_kernel[(1,)](
+    size = triton.next_power_of_2(len(x)) if triton.knobs.runtime.interpret else 512  # it interprets every program
+    probe_kernel[(triton.cdiv(len(x), size),)](
         x.float(), out, *values, len(x),
-        FUNCTION=device_function(activation), EXACT=exact, SIZE=triton.next_power_of_2(len(x)),
+        FUNCTION=device_function(activation), EXACT=exact, SIZE=size, enable_fp_fusion=True,
     )  # fmt: skip
     return dict(zip(["f", "slope", *(q.symbol for q in activation.parameters)], out, strict=False))

@@ -1,8 +1,8 @@
 """The device functions, evaluated by Triton's interpreter, against the records in fp64.
 
 The bound: twice the error of rounding the exact result to the output's dtype, plus 4 fp32 ulps of the formula's largest
-term. What lies below the smallest normal fp32 may come out as 0. A GPU's exp2 and rsqrt are good to 2 ulps, numpy's to
-half of one: tools/gpu_suite.py asks the same of the GPU.
+term. What lies below the smallest normal fp32 may come out as 0. A GPU's special functions are less exact than numpy's:
+test_emulated.py asks the same of what is compiled, with errors as large as a GPU's, and tools/gpu_suite.py of the GPU.
 """
 
 import pytest

@@ -1,0 +1,56 @@
+"""Within `emulated_gpu()`, launching a Triton kernel on CPU tensors runs what it compiles to for a GPU (see `ptx`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import ptx
+import torch
+import triton
+from compiled import compiled_by_triton
+
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+}  # fmt: skip
+
+
+@contextmanager
+def emulated_gpu(arch: int = 90, seed: int | None = None) -> Iterator[None]:
+    """arch: 80 or 90. With a seed, special functions are as far off as NVIDIA allows."""
+
+    def run(kernel: triton.JITFunction, *args, grid, warmup=False, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        given = {name: _type(value) for name, value in arguments.items() if not _is_constant(kernel, name, value)}
+        constants = {name: value for name, value in arguments.items() if name not in given}
+        divisible = [name for name in given if _is_divisible(arguments[name])]
+        code = _code(kernel, tuple(given.items()), tuple(constants.items()), arch, tuple(divisible))
+        ptx.run(code, grid[0], [arguments[name] for name in kernel.arg_names if name in given], seed)
+
+    with mock.patch.object(triton.JITFunction, "run", run):
+        yield
+
+
+@functools.cache
+def _code(kernel: triton.JITFunction, given: tuple, constants: tuple, arch: int, divisible: tuple) -> str:
+    return compiled_by_triton(kernel, dict(given), dict(constants), arch, divisible).asm["ptx"]
+
+
+def _is_constant(kernel: triton.JITFunction, name: str, value: object) -> bool:
+    """As Triton has it: declared to be, or nothing, or the number 1, or no argument but an option."""
+    if name not in kernel.arg_names or value is None or (isinstance(value, int) and value == 1):
+        return True
+    return kernel.params[kernel.arg_names.index(name)].is_constexpr
+
+
+def _type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _is_divisible(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)

@@ -1,0 +1,105 @@
+"""What the kernels compile to, run on the CPU (see `ptx`), against the records in fp64: with fused multiply-adds, with
+special functions as far off as a GPU's may be, and rounded to bf16 and FP8, none of which the interpreter does."""
+
+import ptx
+import pytest
+import test_fp8
+import test_fused_linear
+import torch
+import triton
+import triton.language as tl
+from accuracy import DTYPES, NAMES, excess, parameters, sample, truth
+from emulated import emulated_gpu
+from probe import evaluate
+from test_interpreted import check, inputs
+
+from megatron_xact import activations
+from megatron_xact.kernels import fp8, triton_fp8, triton_gemm
+
+
+def worst(name: str, dtype: str, moved: bool) -> dict[str, float]:
+    """Largest errors of value and derivatives, in bounds of `accuracy`."""
+    record, x = activations.get(name), sample(DTYPES[dtype])
+    p = parameters(record, moved)
+    with emulated_gpu(seed=moved):
+        ours = evaluate(record, x, p, exact=dtype == "fp32")
+    true = truth(record, x, p)
+    return {key: excess(record, key, x, p, ours[key], true[key], DTYPES[dtype])[0] for key in true}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_derivatives(name, dtype):
+    for moved in (False, True):
+        errors = worst(name, dtype, moved)
+        assert max(errors.values()) <= 1, f"times the bound: {errors}"
+
+
+@pytest.mark.parametrize("shape", [(9, 256), (5, 9, 200)], ids=str)
+@pytest.mark.parametrize("name", activations.names())
+def test_kernels(name, shape):
+    record = activations.get(name)
+    x, dy, _, _, p = inputs(record, shape, torch.bfloat16)
+    with emulated_gpu(seed=0):
+        check(record, x, dy, None, None, p, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["xielu", "relu2", "xsilu_glu2"])
+def test_kernels_with_bias_and_scale(name, dtype):
+    record = activations.get(name)
+    with emulated_gpu(arch=80, seed=0):
+        check(record, *inputs(record, (5, 9, 200), dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", test_fp8.LARGEST, ids=str)
+@pytest.mark.parametrize("name", ["xielu", "swiglu"])
+def test_fp8_kernels(name, dtype):
+    record, largest, tolerance = activations.get(name), test_fp8.LARGEST[dtype], test_fp8.half_a_step(dtype)
+    x, dy, bias, p = test_fp8.inputs(record, (2, 75, 256 if record.gated else 200))
+    x, dy, bias = x.bfloat16(), dy.bfloat16(), bias.bfloat16()
+    y, dx, _, _ = test_fp8.exact(record, x, dy, bias, p)
+    for scaling in (fp8.Blockwise(), fp8.PerTensor(torch.tensor([0.25]))):
+        with emulated_gpu(seed=0):
+            ours = triton_fp8.forward(record, x, p, scaling, dtype, True, True, bias, None)
+            back = triton_fp8.backward(record, x, p, dy, scaling, dtype, True, True, bias).dx
+        for true, q in ((y, ours), (dx, back)):
+            if isinstance(scaling, fp8.Blockwise):
+                test_fp8.check_blocks(true, q.rows_RC, q.row_scale_inv, largest, True, tolerance)
+                test_fp8.check_blocks(true.T, q.columns_CR, q.column_scale_inv, largest, True, tolerance)
+            else:
+                true = true.clamp(-4 * largest, 4 * largest)
+                assert ((q.rows_RC.double() * 4 - true).abs() <= tolerance(true.abs(), 4.0)).all()
+                assert torch.equal(q.columns_CR.T.float(), q.rows_RC.float())
+
+
+@pytest.mark.parametrize("sizes", test_fused_linear.SIZES.values(), ids=test_fused_linear.SIZES)
+@pytest.mark.parametrize("name", ["xielu", "relu2", "xsilu_glu2"])
+def test_products_with_their_activation(name, sizes):
+    """On Ampere: Hopper's instructions for matrices are not emulated. Two threads of a warp that sum up the same to
+    different bits are an error here too."""
+    record = activations.get(name)
+    with emulated_gpu(arch=80, seed=0):
+        test_fused_linear.check(triton_gemm, record, *test_fused_linear.inputs(record, sizes, torch.bfloat16))
+
+
+# Planted errors
+
+
+def test_special_functions_further_off_are_noticed(monkeypatch):
+    monkeypatch.setitem(ptx.ULPS, "ex2", 16.0)
+    assert max(worst("xielu", "fp32", moved=False).values()) > 1
+
+
+@triton.jit
+def planted_kernel(x_ptr, y_ptr, n, step, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(y_ptr + i * step, tl.load(x_ptr + i, mask=i < n))
+
+
+@pytest.mark.parametrize("given, found", [((100, 1, 128), "accesses outside of tensor 1"),
+                                          ((128, 0, 128), "different values to one place")])  # fmt: skip
+def test_wrong_accesses_are_noticed(given, found):
+    *sizes, threads = given
+    with emulated_gpu(), pytest.raises(AssertionError, match=found):
+        planted_kernel[(1,)](torch.arange(sizes[0]).float(), torch.zeros(100), *sizes, SIZE=threads)
