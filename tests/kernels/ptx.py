@@ -167,7 +167,7 @@ class _Machine:
         kind = modifiers[-1]
         sizes = [_size(kind)] * len(sources)
         if kind == "pred":
-            return [self.registers[o] for o in sources]
+            return [self.registers[o] if o in self.registers else np.array([bool(int(o))]) for o in sources]
         if name == "selp":
             return [*(self.read(o, sizes[0]) for o in sources[:2]), self.registers[sources[2]]]
         if name in ("shl", "shr", "bfe"):

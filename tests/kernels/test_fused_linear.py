@@ -400,11 +400,11 @@ def test_roundings_one_by_one_are_noticed():
 
 
 def test_a_missing_tensor_core_and_an_extra_special_function_are_noticed():
-    from megatron_xact.kernels.device_functions import xsilu
+    from megatron_xact.kernels.device_functions import xielu
     from megatron_xact.kernels.triton_gemm import Tile
 
-    case = ("xielu", "forward", Tile(32, 32, 16, 2, 4, 2, tma=False), 80)
-    found = found_in(case, dtype="fp32", FUNCTION=xsilu, INTERPRETED=True)
+    case = ("relu2", "forward", Tile(64, 64, 16, 2, 4, 2, tma=False), 80)
+    found = found_in(case, dtype="fp32", FUNCTION=xielu, INTERPRETED=True)
     assert "no tensor cores" in found and "special functions: " in found
 
 
