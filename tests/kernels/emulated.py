@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 import ptx
+import ptx_hopper
 import torch
 import triton
 from compiled import compiled_by_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -27,16 +29,26 @@ def emulated_gpu(arch: int = 90, seed: int | None = None) -> Iterator[None]:
         given = {name: _type(value) for name, value in arguments.items() if not _is_constant(kernel, name, value)}
         constants = {name: value for name, value in arguments.items() if name not in given}
         divisible = [name for name in given if _is_divisible(arguments[name])]
-        code = _code(kernel, tuple(given.items()), tuple(constants.items()), arch, tuple(divisible))
-        ptx.run(code, grid[0], [arguments[name] for name in kernel.arg_names if name in given], seed)
+        code, maps = _compiled(kernel, tuple(given.items()), tuple(constants.items()), arch, tuple(divisible))
+        maps = iter(maps)
+        values = [arguments[name] for name in kernel.arg_names if name in given]
+        values = [_described(v, next(maps)) if isinstance(v, TensorDescriptor) else v for v in values]
+        ptx.run(code, grid[0], values, seed)
 
     with mock.patch.object(triton.JITFunction, "run", run):
         yield
 
 
 @functools.cache
-def _code(kernel: triton.JITFunction, given: tuple, constants: tuple, arch: int, divisible: tuple) -> str:
-    return compiled_by_triton(kernel, dict(given), dict(constants), arch, divisible).asm["ptx"]
+def _compiled(kernel: triton.JITFunction, given: tuple, constants: tuple, arch: int, divisible: tuple):
+    """(PTX, how each tensor map is to be made)."""
+    binary = compiled_by_triton(kernel, dict(given), dict(constants), arch, divisible)
+    return binary.asm["ptx"], getattr(binary.metadata, "tensordesc_meta", None) or []
+
+
+def _described(descriptor: TensorDescriptor, how: dict) -> ptx_hopper.Described:
+    row_bytes = {0: 0, 1: 32, 2: 64, 3: 128}[how["swizzle"]]
+    return ptx_hopper.Described(descriptor.base, tuple(how["block_size"]), row_bytes)
 
 
 def _is_constant(kernel: triton.JITFunction, name: str, value: object) -> bool:
@@ -49,6 +61,8 @@ def _is_constant(kernel: triton.JITFunction, name: str, value: object) -> bool:
 def _type(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 

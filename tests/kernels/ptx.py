@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import ptx_hopper
 import torch
+from ptx_hopper import Described
 from torch import Tensor
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -25,14 +27,14 @@ SMALLEST_NORMAL = np.float32(2.0**-126)
 ULPS = {"ex2": 2.0, "div": 2.0, "rsqrt": 2.14}
 
 
-def run(ptx: str, programs: int, arguments: list[Tensor | float | int], seed: int | None = None) -> None:
+def run(ptx: str, programs: int, arguments: list[Tensor | Described | float | int], seed: int | None = None) -> None:
     """Launches the only kernel in `ptx`; arguments: all but compile-time ones. Tensors (on the CPU) are written to.
 
     With a seed, every result of a special function is `ULPS` off, up or down; else it is correctly rounded.
     """
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
     instructions, labels = _parsed(ptx)
-    groups = [(0, _Machine(programs, threads, arguments, seed))]  # of programs that go the same way
+    groups = [(0, Machine(programs, threads, arguments, seed))]  # of programs that go the same way
     while groups:
         at, machine = groups.pop()
         while at < len(instructions):
@@ -59,13 +61,13 @@ def run(ptx: str, programs: int, arguments: list[Tensor | float | int], seed: in
 def _parsed(ptx: str) -> tuple[list[tuple], dict[str, int]]:
     """(predicate or "", opcode, operands) of each instruction, an operand in braces being a list; and labels."""
     body = ptx[ptx.index("{", ptx.index(".entry")) :]
-    body = re.sub(r"//[^\n]*", "", body[: body.index("\n}")])
+    body = re.sub(r"//[^\n]*", "", body[: body.index("$L__func_end0:")])
     instructions, labels = [], {}
     for statement in re.split(r"[;\n]", body):
         statement = statement.strip().removeprefix("{").strip() if "," not in statement else statement.strip()
-        if label := re.fullmatch(r"(\$\w+):", statement):
+        if label := re.fullmatch(r"(\$?\w+):", statement):
             labels[label[1]] = len(instructions)
-        elif found := re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement):
+        elif found := re.fullmatch(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement):
             operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s|][^,|]*", found[3] or "")
             opcode = "bra" if found[2].startswith("bra") else found[2]
             instructions.append((found[1] or "", opcode, [_operand(o.strip()) for o in operands]))
@@ -76,12 +78,18 @@ def _operand(text: str) -> str | list[str]:
     return [o.strip() for o in text[1:-1].split(",")] if text[0] == "{" else text
 
 
-class _Machine:
+def _places(argument: object) -> list[object]:
+    """The argument at its first place among a kernel's parameters, and None at its others."""
+    return [argument, None, None, None, None] if isinstance(argument, Described) else [argument]
+
+
+class Machine:
     def __init__(self, programs: int, threads: int, arguments: list, seed: int | None):
         self.threads, self.seed = threads, seed
         self.tensors: list[np.ndarray] = []
         nothing = np.zeros(1, np.uint64)  # Triton's two own pointers, to scratch memory and profile
-        self.parameters = [*(self._parameter(a) for a in arguments), nothing, nothing]
+        self.parameters = [*(p for a in arguments for p in self._parameters(a)), nothing, nothing]
+        self.described = dict(enumerate(p for a in arguments for p in _places(a)))
         self.shared = np.zeros((programs, 232448), np.uint8)  # what a Hopper program may have
         thread, program = np.arange(programs * threads) % threads, np.arange(programs * threads) // threads
         self.program = program
@@ -92,11 +100,14 @@ class _Machine:
             "global_smem": np.zeros(1, np.uint32),
         }
 
-    def _parameter(self, argument: Tensor | float | int) -> np.ndarray:
+    def _parameters(self, argument: Tensor | Described | float | int) -> list[np.ndarray]:
         if isinstance(argument, Tensor):
             self.tensors.append(argument.view(-1).view(torch.uint8).numpy())
-            return np.array([len(self.tensors) << BASE_BITS], np.uint64)
-        return np.array([argument], np.float32 if isinstance(argument, float) else np.int32).view(np.uint32)
+            return [np.array([len(self.tensors) << BASE_BITS], np.uint64)]
+        if isinstance(argument, Described):  # the map, the sizes and the strides
+            sizes = [np.array([n], np.uint32) for n in argument.matrix.shape]
+            return [np.zeros(1, np.uint64), *sizes, *(np.array([n], np.uint64) for n in argument.matrix.stride())]
+        return [np.array([argument], np.float32 if isinstance(argument, float) else np.int32).view(np.uint32)]
 
     def condition(self, predicate: str) -> np.ndarray:
         """Of a branch, which all threads of a program take or none."""
@@ -107,7 +118,7 @@ class _Machine:
         assert (by_program == by_program[:, :1]).all(), "threads of a program go different ways"
         return value
 
-    def those(self, which: np.ndarray) -> _Machine:
+    def those(self, which: np.ndarray) -> Machine:
         """The machine of these threads only."""
         part = copy.copy(self)
         part.program = self.program[which]
@@ -138,6 +149,8 @@ class _Machine:
         if predicate:
             where = self.registers[predicate.lstrip("!")] ^ predicate.startswith("!")
         name, *modifiers = opcode.split(".")
+        if ptx_hopper.serves(opcode):
+            return ptx_hopper.step(self, opcode, operands, where)
         if name in ("ldmatrix", "stmatrix"):
             return self._matrices(name, "trans" in modifiers, operands)
         if name in ("ld", "st"):
@@ -186,7 +199,7 @@ class _Machine:
         size = _size(kind)
         pointer, data = (operands[1], operands[0]) if name == "ld" else (operands[0], operands[1])
         data = data if isinstance(data, list) else [data]
-        address = self._address(pointer)
+        address = self.address(pointer)
         active = np.ones(len(address), bool) if where is None else np.broadcast_to(where, address.shape)
         if space == "global":
             memory, place = self._global(address, active, size * len(data))
@@ -243,7 +256,7 @@ class _Machine:
     def _matrices(self, name: str, transposed: bool, operands: list) -> None:
         """8 x 8 matrices of 16 bits; lanes 8 i to 8 i + 7 have the addresses of the i-th one's rows."""
         pointer, registers = operands if name == "stmatrix" else operands[::-1]
-        address = self._address(pointer) + self.program * self.shared.shape[1]
+        address = self.address(pointer) + self.program * self.shared.shape[1]
         assert not (address % 16).any(), f"misaligned {name}"
         row_of_8 = address.reshape(-1, 32)
         memory, lane = self.shared.reshape(-1).view(np.uint16), np.arange(32)
@@ -259,7 +272,7 @@ class _Machine:
                 value = np.broadcast_to(self.read(register, 4), self.program.shape)
                 memory[place] = np.ascontiguousarray(value)[:, None].view(np.uint16)
 
-    def _address(self, pointer: str) -> np.ndarray:
+    def address(self, pointer: str) -> np.ndarray:
         register, _, offset = pointer[1:-1].partition("+")
         address = self.read(register.strip(), 8).astype(np.int64) + int(offset or 0)
         return np.broadcast_to(address, self.program.shape)
@@ -430,7 +443,8 @@ def _off(exact: np.ndarray, ulps: float, seed: int | None) -> np.ndarray:
 
 _SPECIAL: dict[str, Callable] = {"ex2": np.exp2, "div": np.divide, "rsqrt": lambda x: 1 / np.sqrt(x)}
 _FUNCTIONS: dict[str, Callable] = _SPECIAL | {
-    "mov": lambda a: a, "abs": np.abs, "neg": np.negative, "not": np.invert, "add": np.add, "sub": np.subtract,
-    "mul": np.multiply, "fma": lambda a, b, c: a * b + c, "mad": lambda a, b, c: a * b + c,
-    "max": np.maximum, "min": np.minimum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "mov": lambda a: a, "cvta": lambda a: a, "abs": np.abs, "neg": np.negative, "not": np.invert,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c,
+    "mad": lambda a, b, c: a * b + c, "max": np.maximum, "min": np.minimum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip

@@ -11,10 +11,10 @@ import triton.language as tl
 from accuracy import DTYPES, NAMES, excess, parameters, sample, truth
 from emulated import emulated_gpu
 from probe import evaluate
-from test_interpreted import check, inputs
+from test_interpreted import assert_close, check, inputs
 
 from megatron_xact import activations
-from megatron_xact.kernels import fp8, triton_fp8, triton_gemm
+from megatron_xact.kernels import fp8, reference, triton_fp8, triton_gemm
 
 
 def worst(name: str, dtype: str, moved: bool) -> dict[str, float]:
@@ -35,8 +35,9 @@ def test_value_and_derivatives(name, dtype):
         assert max(errors.values()) <= 1, f"times the bound: {errors}"
 
 
-@pytest.mark.parametrize("shape", [(9, 256), (5, 9, 200)], ids=str)
-@pytest.mark.parametrize("name", activations.names())
+@pytest.mark.parametrize(
+    "name, shape", [(name, (5, 9, 200)) for name in activations.names()] + [("xielu", (9, 256)), ("swiglu", (9, 256))]
+)
 def test_kernels(name, shape):
     record = activations.get(name)
     x, dy, _, _, p = inputs(record, shape, torch.bfloat16)
@@ -73,14 +74,42 @@ def test_fp8_kernels(name, dtype):
                 assert torch.equal(q.columns_CR.T.float(), q.rows_RC.float())
 
 
-@pytest.mark.parametrize("sizes", test_fused_linear.SIZES.values(), ids=test_fused_linear.SIZES)
+@pytest.mark.parametrize("sizes", ["tma", "pointers"])
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["xielu", "relu2", "xsilu_glu2"])
-def test_products_with_their_activation(name, sizes):
-    """On Ampere: Hopper's instructions for matrices are not emulated. Two threads of a warp that sum up the same to
-    different bits are an error here too."""
+def test_products_with_their_activation(name, arch, sizes, monkeypatch):
+    """Two threads of a warp that sum up the same to different bits are an error here too."""
     record = activations.get(name)
-    with emulated_gpu(arch=80, seed=0):
-        test_fused_linear.check(triton_gemm, record, *test_fused_linear.inputs(record, sizes, torch.bfloat16))
+    monkeypatch.setattr(triton_gemm, "_is_hopper", lambda device: arch == 90)
+    given = test_fused_linear.inputs(record, test_fused_linear.SIZES[sizes], torch.bfloat16)
+    with emulated_gpu(arch, seed=0):
+        test_fused_linear.check(triton_gemm, record, *given)
+
+
+@pytest.mark.parametrize("direction, name, tile", [
+    (direction, name, tile)
+    for (direction, gated), tiles in triton_gemm.HOPPER.items() for tile in tiles
+    for name in (["xsilu_glu2"] if gated else ["xielu"])
+], ids=str)  # fmt: skip
+def test_hoppers_tiles(direction, name, tile):
+    """Each program makes several tiles, whose loads run ahead of their products."""
+    record = activations.get(name)
+    x, w1, w2, dout, _, p = test_fused_linear.inputs(record, (400, 136, 520), torch.bfloat16, bias=False)
+    with emulated_gpu(seed=0):
+        if direction == triton_gemm.FORWARD:
+            pre, y = triton_gemm.forward(record, x, w1, p, None, tile)
+            assert_close("pre", pre, x.double() @ w1.double().T)
+            gate, up = pre.double().chunk(2, -1) if record.gated else (pre.double(), 1.0)
+            p64 = {s: v.double() if isinstance(v, torch.Tensor) else v for s, v in p.items()}
+            assert_close("y", y, record.value(gate, p64) * up)
+        else:
+            pre = (x.double() @ w1.double().T).bfloat16()
+            back = triton_gemm.backward(record, dout, w2, pre, p, None, tile)
+            exact = reference.backward(record, pre.double(), p, dout.double() @ w2.double(), emit_y=True)
+            assert_close("y", back.y_MF, exact.y)
+            assert_close("dpre", back.dpre_MW, exact.dx)
+            for symbol, value in back.parameters.items():
+                assert_close(symbol, value.reshape(1), exact.parameters[symbol].reshape(1), terms=pre.numel() ** 0.5)
 
 
 # Planted errors

@@ -224,6 +224,7 @@ GATED = ["swiglu", "xsilu_glu2", "xgelu_glu2"]
 # Of a thread per tile: reloads of registers that had been put aside, of 3000 (forward) to 8000 instructions. The sums
 # over rows that a bias asks for hold more registers than the others.
 MOST_RELOADS = {(FORWARD, False): 8, (FORWARD, True): 8, (BACKWARD, False): 16, (BACKWARD, True): 48}
+LONG_POLYNOMIALS = ("xgelu", "xatlu")  # forward too reloads one and three registers
 
 
 def kernel_of(name, direction, tile=None, bias=False, dtype=torch.bfloat16):
@@ -259,7 +260,8 @@ def test_machine_code(kernel, binaries):
     name, direction, tile, bias, dtype = kernel
     binary = binaries[kernel].result()
     assert binary.count("HGMMA") and binary.count("UTMALDG") and binary.count("UTMASTG")
-    clean = not tile and dtype == torch.bfloat16 and (direction == FORWARD or (name == "xielu" and not bias))
+    clean = not tile and dtype == torch.bfloat16 and name not in LONG_POLYNOMIALS
+    clean = clean and (direction == FORWARD or (name == "xielu" and not bias))
     reloads, loads, stores = 0 if clean else MOST_RELOADS[direction, bias], binary.count("LDL"), binary.count("STL")
     assert loads <= reloads and stores <= reloads, f"spills: {loads} LDL, {stores} STL, {binary.stack_bytes} B"
     special = SPECIAL_FUNCTIONS[name][direction == BACKWARD]
