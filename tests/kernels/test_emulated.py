@@ -1,7 +1,7 @@
 """What the kernels compile to, run on the CPU (see `ptx`), against the records in fp64: with fused multiply-adds, with
 special functions as far off as a GPU's may be, and rounded to bf16 and FP8, none of which the interpreter does."""
 
-import ptx
+import ptx_arithmetic
 import pytest
 import test_fp8
 import test_fused_linear
@@ -116,7 +116,7 @@ def test_hoppers_tiles(direction, name, tile):
 
 
 def test_special_functions_further_off_are_noticed(monkeypatch):
-    monkeypatch.setitem(ptx.ULPS, "ex2", 16.0)
+    monkeypatch.setitem(ptx_arithmetic.ULPS, "ex2", 16.0)
     assert max(worst("xielu", "fp32", moved=False).values()) > 1
 
 
