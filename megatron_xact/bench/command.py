@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one = parts.add_parser(name, help=help_, description=help_, allow_abbrev=False)
         part.add_arguments(one)
         one.add_argument(
-            "--out", type=Path, default=Path("runs/bench"), help=f"folder of {name}.json and {name}.png (%(default)s)"
-        )
+            "--out", type=Path, default=Path("runs/bench"),
+            help=f"folder of {name}.json and {name}.png (default: %(default)s)",
+        )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:

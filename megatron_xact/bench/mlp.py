@@ -43,21 +43,22 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--activations", nargs="+", default=["xielu", "relu2", "swiglu"], metavar="NAME", help="default: %(default)s"
-    )
+        "--activations", nargs="+", default=["xielu", "relu2", "swiglu"], metavar="NAME",
+        help="default: xielu relu2 swiglu",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, help="of one microbatch (default: 16384 on a GPU, 256 on a CPU)")
     parser.add_argument("--hidden", type=int, help="hidden size (default: 2048 on a GPU, 128 on a CPU)")
     parser.add_argument(
         "--ffn", type=int, help="ffn width (default: 6 times the hidden size; two thirds of that where gated)"
     )
     parser.add_argument(
-        "--tp", nargs="+", type=int, default=[1], metavar="N", help="tensor-parallel sizes that divide it (%(default)s)"
+        "--tp", nargs="+", type=int, default=[1], metavar="N", help="tensor-parallel sizes that divide it (default: 1)"
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     parser.add_argument("--bias", action="store_true", help="with a bias in fc1")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each peer, three times (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each peer, times three (default: 5)")
     parser.add_argument("--refresh", action="store_true", help="measure again what is remembered, and remember that")
 
 

@@ -193,6 +193,9 @@ def _budgets(args: argparse.Namespace, default: list[float]) -> list[float]:
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     _table_arguments(parser)
+    from megatron_xact.studies.law import MULTIPLIER
+
+    parser.epilog = f"{MULTIPLIER}."
     parser.add_argument("baseline", metavar="BASELINE", help="activation to compare with")
     parser.add_argument("other", metavar="OTHER", help="activation whose compute multiplier over BASELINE is wanted")
     parser.add_argument("--cluster", choices=["auto", "pair", "ladder"], default="auto",
@@ -206,6 +209,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(args: argparse.Namespace, outside: Outside | None) -> None:
     from megatron_xact.studies import compare as comparing
     from megatron_xact.studies import numbers, words
+    from megatron_xact.studies.law import MULTIPLIER
     from megatron_xact.studies.table import write_text
 
     if not 0.5 <= args.level < 1:
@@ -215,6 +219,7 @@ def _compare(args: argparse.Namespace, outside: Outside | None) -> None:
                               draws=args.bootstraps, seed=args.seed, workers=args.workers)  # fmt: skip
     tied = comparing.tied_multiplier(table, args.baseline, args.other)
     print(words.lines(f"{args.other} against {args.baseline}", words.of_comparison(found, tied)))
+    print(f"{MULTIPLIER}.")
     if args.json:
         write_text(args.json, json.dumps(numbers.of_comparison(found, tied), indent=1) + "\n")
 

@@ -100,7 +100,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Effects:
-    """Of every cluster under each of B laws: x = sinh h [B, G] and its weight, the clusters' places on other axes."""
+    """Of every cluster under each of B laws: x = sinh h [B, G] and its weight [B, G]; gamma [B]: of the laws."""
 
     x: Array
     weight: Array

@@ -22,9 +22,8 @@ class Trial:
 
     form: str
     held_out: tuple[str, ...]  # names of sizes
-    runs: Mask  # which runs of the table those are
-    errors: Array  # predicted / measured - 1, of those runs
-    law: Law  # of the other runs
+    errors: Array  # predicted / measured - 1, of their runs
+    law: Law  # of the other sizes
 
     @property
     def rms(self) -> float:
@@ -41,7 +40,6 @@ class Fit:
     law: Law
     objective: float
     gradient: float
-    decrement: float
     starts: tuple[int, int]  # how many starts reached the optimum, of how many
     residuals: Array  # predicted / measured - 1
     trials: tuple[Trial, ...]  # what the form was chosen by; empty where sizes were too few
@@ -95,13 +93,13 @@ def require(table: Table, what: str, form: str = "tied") -> None:
         raise ValueError(f"{what}: {len(table)} runs are too few for a law with {PARAMETERS[form]} parameters; {least} "
                          "are the least, and 3 sizes x 3 token budgets a start")  # fmt: skip
     if len(table.sizes) < 3:
-        raise ValueError(f"{what} has {_names(table.sizes, 'size')}; a law in N needs at least 3")
+        raise ValueError(f"{what}: {_names(table.sizes, 'size')}; a law in N needs at least 3")
     per_size = [len({b for r, b in zip(table.runs, budgets(table.runs), strict=True) if r.size == s})
                 for s in table.sizes]  # fmt: skip
     if max(per_size) == 1:
         ratios = D / N
         told = f" ({ratios.min():.3g} to {ratios.max():.3g} tokens per parameter)"
-        raise ValueError(f"{what} has one token budget per size{told}; N and D cannot be told apart. "
+        raise ValueError(f"{what}: one token budget per size{told}; N and D cannot be told apart. "
                          "Train some sizes for other numbers of tokens too")  # fmt: skip
     if not identifiable(N, D, form):
         raise ValueError(f"{what}: its {len(table)} runs do not vary N and D independently enough for the {form} law; "
@@ -139,7 +137,6 @@ def fit(
     outliers = _outliers(residuals)
     return Fit(
         table=table, form=chosen, why=why, law=law, objective=float(least), gradient=float(found.gradient[found.best]),
-        decrement=float(found.decrement[found.best]),
         starts=(int((found.objective <= least * (1 + 1e-9) + 1e-9).sum()), len(found.objective)),
         residuals=residuals, trials=trials, largest=tuple(predict_largest(table, 1)), draws=draws, seed=seed,
         redrawn=redrawn, profile=profile_of_E(problem, phi, draws.E), outliers=outliers, activation=activations[0],
@@ -160,7 +157,6 @@ def predict_largest(table: Table, sizes: int | None = None) -> list[Trial]:
     count = sizes or max(1, round(len(names) / 3))
     held = tuple(names[-count:])
     rest, largest = table.where(lambda r: r.size not in held), table.where(lambda r: r.size in held)
-    mask = np.array([r.size in held for r in table.runs])
     trials = []
     for form in FORMS:
         try:
@@ -168,7 +164,7 @@ def predict_largest(table: Table, sizes: int | None = None) -> list[Trial]:
         except ValueError:
             continue
         law = solve(rest, form)
-        trials.append(Trial(form, held, mask, relative_errors(law, largest), law))
+        trials.append(Trial(form, held, relative_errors(law, largest), law))
     return trials
 
 

@@ -20,6 +20,11 @@ Array = NDArray[np.float64]
 DELTA = 1e-3  # Hoffmann et al., arXiv:2203.15556: the Huber loss is quadratic below this residual of ln L
 FORMS = ("free", "tied")
 PARAMETERS = {"free": 5, "tied": 4}
+MULTIPLIER = (
+    "A compute multiplier m says L_other(N, D) = L_baseline(m^a N, m^(1-a) D), with a = beta / (alpha + beta) of the "
+    "law fitted to the runs of both: the baseline reaches the other's loss with m times the compute 6 N D, spent on N "
+    "and D in the proportion of the compute-optimal frontier"
+)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,31 @@ def make(study: Study, outside: Outside) -> Plan:
         provisional = {"train-iters": 4, "lr-warmup-iters": 1, "lr-wsd-decay-iters": 1, "lr-decay-style": "WSD"}
         batch = {} if micro is None else {"global-batch-size": micro}
         tables = {"schedule": provisional | batch, "optimizer": {"lr": 1e-3}, "activation": {"name": activation}}
-        return outside.model(study.base, words(_merge(study.tables, {"model": _sizes(size, size.ffn)}, tables)))
+        overrides = words(_merge(study.tables, {"model": _sizes(size, size.ffn)}, tables))
+        try:
+            return outside.model(study.base, overrides)
+        except ValueError as error:
+            raise ValueError(_in_study(str(error), study, activation, overrides)) from None
 
     trunks = tuple(build(study.recipe, model_of))
     plan = Plan(study.source.stem, trunks)
     # The largest config once for good: whatever the trainer refuses is told before anything is written.
     outside.model(study.base, words(config_of(study, trunks[-1], Path("runs"))))
     return plan
+
+
+def _in_study(message: str, study: Study, activation: str, overrides: Sequence[str]) -> str:
+    """What the trainer says is wrong with a config, at the place where the author of the study has written it.
+
+    The trainer got the study's tables as --set, and looks for activations in the base.
+    """
+    for word in overrides:
+        message = message.replace(f"--set {word}", str(study.source))
+    if f"unknown activation {activation!r}" in message:
+        return message.replace(f"{study.base} [activation]", f"{study.source} [study]: activations")
+    if "activation" in study.tables:
+        return message.replace(f"{study.base} [activation]", f"{study.source} [activation]")
+    return message
 
 
 def _find(study: Study, key: str) -> object:

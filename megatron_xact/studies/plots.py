@@ -22,7 +22,6 @@ from megatron_xact.studies.law import Array
 from megatron_xact.studies.pairs import differences
 from megatron_xact.studies.table import Run, Table, format_count
 
-MARKERS = "osD^vP*X"
 STYLE = {
     "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "axes.titlesize": 10.5,
@@ -61,13 +60,16 @@ def _plain_ticks(ax, x: Array) -> None:
 
 
 def _count(value: float, _: int) -> str:
-    return format_count(value) if value < 1e15 else f"{value:.0e}"
+    return format_count(value) if value < 1e15 else f"{value:.0e}".replace("e+", "e")
 
 
 def _counts(ax) -> None:
-    """A logarithmic axis of tokens or FLOPs: 500k, 1M, 2M, however narrow it is."""
+    """A logarithmic axis of tokens or FLOPs, once all is drawn: 500k, 1M, 2M, however narrow; if wide, 1M, 10M."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    low, high = ax.get_xlim()
+    # LogLocator heeds numticks only where it has a single tick per decade.
+    subs = (1, 2, 5) if high < 10**2.5 * low else (1,)
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(_count))
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
@@ -98,7 +100,7 @@ def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
 
 
 def held_out(fit: Fit, path: Path) -> None:
-    """Both forms fitted without the largest sizes, extended to them; those runs are hollow. Below: the errors."""
+    """Both forms fitted without the largest sizes, extended to them; those runs are hollow. Their errors: the title."""
     table, shade = fit.table, shades(fit.table.sizes)
     with figure(path, 1, len(fit.trials)) as axes:
         for ax, trial in zip(axes[0], fit.trials, strict=True):
@@ -189,7 +191,7 @@ def multipliers(comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def pairs(comparisons: Sequence[Comparison], path: Path) -> None:
-    with figure(path, 1, len(comparisons), size=(4.8, 3.8)) as axes:
+    with figure(path, 1, len(comparisons), size=(5.4, 3.8)) as axes:
         for ax, c in zip(axes[0], comparisons, strict=True):
             values = 1e3 * differences(c.pairs)
             shade = shades(list(c.by_size))
@@ -202,7 +204,7 @@ def pairs(comparisons: Sequence[Comparison], path: Path) -> None:
             ax.set(xlabel="tokens per parameter", ylabel=f"loss of {c.other} - {c.baseline} (mnat)",
                    title=f"{c.other}: paired differences")  # fmt: skip
             _plain_ticks(ax, ratios)
-            ax.legend(fontsize=8)
+            ax.legend(title="parameters", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # -- from run folders -------------------------------------------------------------------------------------------------

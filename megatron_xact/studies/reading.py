@@ -19,7 +19,7 @@ class Source:
     """Where one column comes from: a column of the file, with a factor, a lookup or a pattern; or one constant."""
 
     column: str = ""
-    scale: float = 1.0
+    scale: float | None = None  # None: no unit is given, and counts are plain ones
     values: dict[str, object] | None = None
     pattern: str = ""  # the value is what the first group matches, or whether it matches (1 or 0) without a group
     constant: object = None
@@ -76,6 +76,8 @@ def _split(word: str, sign: str, option: str, form: str) -> tuple[str, str]:
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Source], list]:
+    if not path.is_file():
+        raise ValueError(f"no such mapping: {path}")
     with open(path, "rb") as file:
         try:
             content = tomllib.load(file)
@@ -117,12 +119,16 @@ def read(paths: Path | Sequence[Path], mapping: Mapping | None = None, folder: P
 
 
 def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
+    if not path.exists():
+        raise ValueError(f"no such table: {path}")
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file)
             header, rows = list(reader.fieldnames or []), list(reader)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not header:
+        raise ValueError(f"{path} is empty; a table has a header and a row per run")
     sources = {name: Source(name) for name in COLUMNS if name in header} | mapping.sources
     for name, source in sources.items():
         if source.constant is None and source.column not in header:
@@ -150,8 +156,22 @@ def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
         column = sources[name].column
         values = ", ".join(dict.fromkeys(repr(getattr(r, name)) for r in those[:3]))
         ways = f"; leave such runs out with --where '{column}!=VALUE', or complete them" if name == "loss" else ""
-        raise ValueError(f"{path.name}: {name} is not a number in {lines_of(those)}: {values}{ways}")
+        raise ValueError(f"{path.name}: {name} is not a finite number in {lines_of(those)}: {values}{ways}")
+    if header != list(COLUMNS):  # those that `Table` wrote have plain counts
+        _check_units(runs, sources, path.name)
     return runs
+
+
+def _check_units(runs: list[Run], sources: dict[str, Source], name: str) -> None:
+    """Counts too small for a language model are taken for millions or billions, unless the mapping gives a factor."""
+    for column, least, unit in (("params", 1e3, "1e6"), ("tokens", 1e5, "1e9")):
+        those = [r for r in runs if 0 < getattr(r, column) < least]
+        if those and sources[column].scale is None:
+            word = f"{column}={sources[column].column or 'COLUMN'}"
+            raise ValueError(
+                f"{name}: {column} below {least:g} in {lines_of(those)}: are they in millions or billions? "
+                f"Say so: --columns '{word}*{unit}', or '{word}*1' if they are plain counts"
+            )
 
 
 def _read_row(row: dict[str, str], sources: dict[str, Source], line: str) -> tuple[Run, list[str]]:
@@ -167,11 +187,11 @@ def _read_row(row: dict[str, str], sources: dict[str, Source], line: str) -> tup
             values[name] = text or values[name]
         elif text or COLUMNS[name].metadata["required"]:
             try:
-                number = float(text) * source.scale
-                values[name] = int(number) if kind == "int" else number
-                if math.isnan(number):
+                number = float(text) * (1.0 if source.scale is None else source.scale)
+                if not math.isfinite(number):
                     raise ValueError
-            except (ValueError, OverflowError):
+                values[name] = int(number) if kind == "int" else number
+            except ValueError:
                 values[name] = text
                 wrong.append(name)
     return Run(**values, line=line), wrong

@@ -80,6 +80,8 @@ class Study:
 
 def read(path: Path) -> Study:
     """ValueError or OSError, one line that names the key, for what is wrong."""
+    if not path.is_file():
+        raise ValueError(f"no such study: {path}")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

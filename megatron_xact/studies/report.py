@@ -22,6 +22,7 @@ from megatron_xact.studies import curves, isoflop, numbers, plots, words
 from megatron_xact.studies import fit as fitting
 from megatron_xact.studies.compare import Comparison
 from megatron_xact.studies.fit import Fit
+from megatron_xact.studies.law import MULTIPLIER
 from megatron_xact.studies.page import Section, page
 from megatron_xact.studies.table import Run, Table, csv_text, format_count, write_text
 
@@ -61,7 +62,9 @@ def find(table: Table, baseline: str | None, flops: list[float], *, bootstraps: 
         except ValueError as error:
             refused[f"{name} against {baseline}"] = str(error)
     if not fits and not compared:
-        raise ValueError("; ".join(refused.values()))
+        (_, why), *others = refused.items()  # often one complaint about each
+        more = f"; not done either: {', '.join(subject for subject, _ in others)}" if others else ""
+        raise ValueError(why + more)
     return Findings(table, baseline, fits, compared, refused, flops)
 
 
@@ -179,13 +182,14 @@ def _contents(found: Findings, pictures: dict[str, str]) -> tuple[str, str, list
 def _comparisons(found: Findings, pictures: dict[str, str]) -> list[Section]:
     if not found.comparisons:
         return []
-    answers = [words.answer(c)[:1].upper() + words.answer(c)[1:] + "." for c, _ in found.comparisons]
+    answers = [f"{c.other} against {c.baseline}: {words.answer(c)}." for c, _ in found.comparisons]
     shown = [
         ("multipliers", "Compute multipliers with their intervals, overall and at each size. At 1 (dashed) there is no "
                         "difference."),
         ("pairs", "Loss of the other activation minus the baseline's, pair by pair, in thousandths of a nat."),
     ]  # fmt: skip
-    head = Section("What the activations are worth", "worth", answers=answers, pictures=_shown(shown, pictures))
+    head = Section("What the activations are worth", "worth", answers=answers, text=[f"{MULTIPLIER}."],
+                   pictures=_shown(shown, pictures))
     return [head, *(
         Section(f"{c.other} against {c.baseline}", f"compare-{_file(c.other)}", level=3,
                 facts=words.of_comparison(c, tied)[1:]) for c, tied in found.comparisons
@@ -245,8 +249,7 @@ METHOD = Section(
         "Huber losses (delta 0.001), from starts by variable projection. Of the free and the tied form (alpha = beta) "
         "the one is shown that predicts the largest sizes better from the smaller ones. Intervals: 95 % of a case "
         "bootstrap; runs that branch from one trunk are drawn together.",
-        "Multiplier: m such that the baseline with m times the compute, in the proportion of the frontier, reaches the "
-        "other's loss. Runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
+        "Multiplier: runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
         "(Student's t; trunks, where runs branch from one, count as one) with the uncertainty of what a nat is worth "
         "(a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "
         "resampled residuals). It is valid inside the measured range of sizes "

@@ -31,11 +31,6 @@ class Optima:
     objective: Array
     gradient: Array  # largest component
     decrement: Array
-    at_bound: NDArray[np.bool_]  # an exponent ended at a bound: it is not determined by these runs
-
-    @property
-    def converged(self) -> NDArray[np.bool_]:
-        return (self.decrement < 1e-6) | self.at_bound
 
     @property
     def best(self) -> int:
@@ -61,7 +56,7 @@ def minimise(
         return solve(chunks[0])
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
         found = list(pool.map(solve, chunks))
-    fields = ("phi", "objective", "gradient", "decrement", "at_bound")
+    fields = ("phi", "objective", "gradient", "decrement")
     return Optima(*(np.concatenate([getattr(f, name) for f in found]) for name in fields))
 
 
@@ -97,8 +92,7 @@ def _minimise(start: Array, terms: Array, y: Array, weights: Array | None, hold_
         live = live[~done]
         if not len(live):
             break
-    at_bound = ((phi[:, 3:] <= EXPONENTS[0]) | (phi[:, 3:] >= EXPONENTS[1])).any(1)
-    return Optima(phi, value, gradient_max, decrement, at_bound)
+    return Optima(phi, value, gradient_max, decrement)
 
 
 def _newton(g: Array, H: Array, damping: Array) -> tuple[Array, Array]:

@@ -153,7 +153,11 @@ def _check(runs: list[Run], name: str) -> None:
     for column in ("step_time_s", "flops"):
         if those := [r for r in runs if getattr(r, column) is not None and not 0 < getattr(r, column) < math.inf]:
             raise ValueError(f"{name}: {column} must be positive and finite where it is given: {lines_of(those)}")
-    _check_units(runs, name)
+    if those := [r for r in runs if r.loss > 20]:
+        raise ValueError(
+            f"{name}: a loss above 20 nats per token in {lines_of(those)}: is it a perplexity, or did the run diverge? "
+            "Losses are cross-entropies in nats"
+        )
     for column, way in (
         ("tokenizer", "their losses per token cannot be compared"),
         ("data", "losses on different data are not one law"),
@@ -164,20 +168,6 @@ def _check(runs: list[Run], name: str) -> None:
             raise ValueError(f"{name} mixes {column}: {told}; {way}. Choose with --where {column}=VALUE")
     _check_sizes(runs, name)
     _check_duplicates(runs, name)
-
-
-def _check_units(runs: list[Run], name: str) -> None:
-    for column, least, example in (("params", 1e3, "params=N*1e6"), ("tokens", 1e5, "tokens=D*1e9")):
-        if those := [r for r in runs if getattr(r, column) < least]:
-            raise ValueError(
-                f"{name}: {column} below {least:g} in {lines_of(those)}: are they in millions or billions? "
-                f"They are read as plain counts; give the unit as --columns {example}"
-            )
-    if those := [r for r in runs if r.loss > 20]:
-        raise ValueError(
-            f"{name}: a loss above 20 nats per token in {lines_of(those)}: is it a perplexity, or did the run diverge? "
-            "Losses are cross-entropies in nats"
-        )
 
 
 def _check_sizes(runs: list[Run], name: str) -> None:

@@ -27,6 +27,14 @@ def test_bench_kernels(tmp_path, capsys):
     assert "relu2 float32:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["kernels", "mlp"])
+def test_help_tells_defaults_as_words(part, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", part, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "default: xielu relu2" in told and "(default: runs/bench)" in told and "['" not in told and "([" not in told
+
+
 def test_wrong_names_are_refused_before_anything_is_measured(tmp_path, capsys):
     assert cli.main(["bench", "kernels", "--activations", "xielo", "--out", str(tmp_path / "none")]) == 2
     assert "did you mean xielu" in capsys.readouterr().err

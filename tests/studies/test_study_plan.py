@@ -168,6 +168,13 @@ def test_the_expected_interval_holds_what_was_planted_and_grows_with_noise():
     assert 4 < widths[1] / widths[0] < 25  # ten times the noise
 
 
+def test_an_answer_is_expected_of_few_tokens_too():
+    small = {"tokens_per_parameter": (0.5, 1, 2), "batch": 4 * 64, "warmup": 0.1}
+    made = plan(sizes=SIZES | {"c": Size(4, 128, 4, 384)}, **small)
+    assert min(c.tokens for c in cells(made.trunks)) < 2e4
+    assert expectation.precision(made, 0.002, 1.05, studies=1).why_not == ""
+
+
 def test_too_small_a_study_is_told_that_it_has_no_answer():
     small = plan(sizes={"a": Size(2, 32, 2, 96)}, seeds=(1,))
     found = expectation.precision(small, 0.002, 1.05)
@@ -245,10 +252,13 @@ def test_the_gpu_example_and_what_the_trainer_refuses(tmp_path, capsys):
     text = small.read_text().replace("../small", str(ROOT / "configs/small"))
     for old, new, said in (
         ("use-distributed-optimizer = true", "", "bf16 with a trainable activation needs"),
-        ('"xiprelu"]', '"xiprelo"]', "xiprelo"),
-        ("bf16 = true", "bf17 = true", "bf17"),
+        ('"xiprelu"]', '"xiprelo"]', f"xiprelu or xielu or xelu? ({tmp_path}/s.toml [study]: activations)"),
+        ("bf16 = true", "bf17 = true", f"unknown argument 'bf17'; nearest: 'bf16' ({tmp_path}/s.toml [runtime])"),
+        ("[parallel]", "[activation]\nalpha_p = 0.7\n[parallel]", f"'alpha_p', only: none ({tmp_path}/s.toml [activa"),
     ):
         (tmp_path / "s.toml").write_text(text.replace(old, new))
         assert cli.main(["study", "plan", str(tmp_path / "s.toml"), "--out", str(tmp_path / "no")]) == 2
         assert said in (told := capsys.readouterr().err) and told.count("\n") == 1
     assert not (tmp_path / "no").exists()
+    assert cli.main(["study", "plan", str(tmp_path / "none.toml")]) == 2
+    assert capsys.readouterr().err == f"xact: error: no such study: {tmp_path}/none.toml\n"

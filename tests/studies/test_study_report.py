@@ -2,18 +2,22 @@
 
 import csv
 import json
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from planted import CHINCHILLA, Design, study
 
 from megatron_xact import cli
 from megatron_xact.studies import compare as comparing
+from megatron_xact.studies import plots
 from megatron_xact.studies.reading import read
 from megatron_xact.studies.table import Run, Table
 
+ROOT = Path(__file__).parents[2]
 FOUR = Design((3e7, 6e7, 1.2e8, 2.4e8), (5, 20, 120), 1)
 
 
@@ -104,6 +108,48 @@ def test_the_page_is_closed_linked_and_alone(made):
     assert there >= {"losses.png", "multipliers.png", "pairs.png", "residuals.png", "profile_of_E.png", "isoflop.png",
                      "held_out_swiglu.png", "held_out_xielu.png", "training_curves.png", "alphas_over_depth.png",
                      "alphas_over_time_xielu.png", "shapes.png"}  # fmt: skip
+
+
+def test_the_multiplier_is_defined_where_it_is_met(made, capsys):
+    """As tests plant it, see planted.loss."""
+    with pytest.raises(SystemExit):
+        cli.main(["study", "compare", "--help"])
+    page = (made / "report/index.html").read_text()
+    for text in (page, capsys.readouterr().out, (ROOT / "README.md").read_text()):
+        assert "L_baseline(m^a N, m^(1-a) D), with a = beta / (alpha + beta) of the law" in " ".join(text.split())
+    assert page.index("L_baseline(") < page.index('id="compare-xielu"')
+    assert "xielu against swiglu: swiglu needs 1.0" in page
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The axes of everything that is drawn."""
+    kept, figure = [], plots.figure
+
+    @contextmanager
+    def keeping(*args, **words):
+        with figure(*args, **words) as axes:
+            kept.extend(axes.flat)
+            yield axes
+
+    monkeypatch.setattr(plots, "figure", keeping)
+    return kept
+
+
+@pytest.mark.parametrize("sizes", [(2e7, 6e7, 2e8, 7e8), (3e5, 5e5, 1.2e6)], ids=["4 decades of FLOPs", "2 decades"])
+def test_nothing_lies_on_anything_else(drawn, sizes, tmp_path):
+    """Labels of a logarithmic axis on each other, the legend on points or the line."""
+    table = study(CHINCHILLA, Design(sizes, (5, 10, 40), 1), 1.08, 0.001, np.random.default_rng(0))
+    plots.losses(table, {}, tmp_path / "losses.png")
+    for ax in drawn:
+        FigureCanvasAgg(ax.figure).draw()
+        low, high = ax.get_xlim()
+        labels = [t.label1.get_window_extent() for t in ax.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        assert len(labels) >= 3
+        assert all(a.x1 < b.x0 for a, b in zip(labels, labels[1:], strict=False))
+    plots.pairs([comparing.compare(table, "a", "b", draws=9)], tmp_path / "pairs.png")
+    FigureCanvasAgg(drawn[-1].figure).draw()
+    assert drawn[-1].get_legend().get_window_extent().x0 > drawn[-1].get_window_extent().x1
 
 
 def test_numbers_are_those_of_the_functions(made):

@@ -18,6 +18,7 @@ from megatron_xact.pretraining import exits
 from megatron_xact.studies import running, slurm, state
 from megatron_xact.studies.collecting import best_factor, collect, table_of
 from megatron_xact.studies.ladder import cells
+from megatron_xact.studies.reading import read
 from megatron_xact.studies.recipe import Size
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +242,15 @@ def test_rows_of_finished_cells(tmp_path):
     assert {r.trunk for r in pair} == {"a-swiglu-s1"} and pair[0].alphas == ""
 
 
+def test_the_table_of_a_study_with_few_tokens(tmp_path):
+    """No unit is in doubt in a study's own folder, nor in the table that was made of it."""
+    few = {"tokens_per_parameter": (0.5, 1), "batch": 4 * 64, "warmup": 0.1}
+    trained(tmp_path / "study", lambda c: 5.0, **few)
+    assert cli.main(["study", "collect", str(tmp_path / "study"), "--out", str(tmp_path / "runs.csv")]) == 0
+    table = read(tmp_path / "runs.csv")
+    assert len(table) == 4 and max(table.array("tokens")) < 1e5
+
+
 def test_studies_of_two_tokenizers_are_refused(tmp_path):
     trained(tmp_path, lambda c: 3.0)
     (tmp_path / TRUNKS[0] / "config.toml").write_text(CONFIG.format("corpus", "another"))
@@ -331,7 +341,6 @@ statistics-interval = 0
 )
 def test_a_study_from_recipe_to_table(tmp_path, capsys):
     from megatron_xact.pretraining.data.preprocess import prepare
-    from megatron_xact.studies.reading import read
 
     made = prepare(tmp_path / "data", source="stdlib", vocab_size=512, max_bytes=300_000)
     (tmp_path / "mini.toml").write_text(MINI.format(root=ROOT, data=tmp_path / "data"))

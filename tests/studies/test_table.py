@@ -67,6 +67,16 @@ def test_columns_on_the_command_line(tmp_path):
     assert {(r.activation, r.size) for r in table.runs} == {("xielu", "100M")}
 
 
+def test_small_counts_are_taken_where_there_is_no_doubt(tmp_path):
+    """In a table of ours, and in another one that says that they are plain."""
+    ours = Table([Run(params=N, tokens=r * N, loss=3.0) for N in (500, 900) for r in (1, 2)])
+    ours.write(tmp_path / "ours.csv")
+    assert read(tmp_path / "ours.csv").runs == ours.runs
+    path = written(tmp_path / "theirs.csv", [[500, 900, 3.0]], "params,tokens,loss")
+    (run,) = read(path, Mapping.of(None, ["params=params*1", "tokens=tokens*1"])).runs
+    assert (run.params, run.tokens) == (500, 900)
+
+
 def test_budgets_that_end_on_different_steps_are_one():
     runs = [Run(params=1e8, tokens=t, loss=3.0, size="s") for t in (1.0e9, 1.004e9, 2.0e9, 1.99e9, 4e9)]
     assert budgets(runs) == [1.0e9, 1.0e9, 1.99e9, 1.99e9, 4e9]
@@ -107,9 +117,9 @@ def changed(where: dict, change: dict) -> list[list]:
 
 CELL = {"activation": "swiglu", "size": "100M", "tokens": 2_000_000_000, "seed": 1}
 BAD = {
-    "nan": (changed(CELL, {"loss": "nan"}), "fit", "loss is not a number in line 5: 'nan'"),
-    "empty": (changed(CELL, {"loss": ""}), "fit", "loss is not a number in line 5: ''"),
-    "diverged": (changed(CELL, {"loss": "inf"}), "fit", "loss must be positive and finite, but is inf in line 5"),
+    "nan": (changed(CELL, {"loss": "nan"}), "fit", "in line 5: 'nan'; leave such runs out with --where 'loss!=VALUE'"),
+    "empty": (changed(CELL, {"loss": ""}), "fit", "loss is not a finite number in line 5: ''"),
+    "diverged": (changed(CELL, {"loss": "inf"}), "fit", "in line 5: 'inf'; leave such runs out with --where 'loss!="),
     "negative": (changed(CELL, {"loss": -1}), "fit", "loss must be positive and finite, but is -1 in line 5"),
     "perplexity": (changed(CELL, {"loss": 25}), "fit", "a loss above 20 nats per token in line 5: is it a perplexity"),
     "duplicate": (rows() + rows()[3:4], "fit", "seed 1 is there 2 times: line 5, line 38"),
@@ -117,11 +127,18 @@ BAD = {
     "params of a size": (changed(CELL, {"params": 1.1e8}), "fit", "one size has one number of parameters"),
     "billions": (changed({}, {"tokens": 2}), "fit", "tokens below 100000 in line 2, line 3, line 4, line 5 and 32"),
     "millions": (changed({}, {"params": 100}), "fit", "params below 1000 in"),
+    "units": (changed({}, {"tokens": 2}), "fit", "'tokens=tokens*1e9', or 'tokens=tokens*1' if they are plain counts"),
     "step time": (changed(CELL, {"step_time_s": -1}), "fit", "step_time_s must be positive"),
     "empty table": ([], "fit", "has no runs"),
     "too few runs": (rows(ratios=(20, 40), sizes=(1e8, 2e8), seeds=(0,)), "fit", "4 runs are too few for a law"),
     "one size": (rows(sizes=(1e8,), ratios=(5, 10, 20, 40)), "fit", "one size only (100M); a law in N needs at least"),
-    "two sizes": (rows(sizes=(1e8, 2e8)), "fit", "2 sizes (100M, 200M); a law in N needs at least 3"),
+    "two sizes": (rows(sizes=(1e8, 2e8)), "fit", "swiglu: 2 sizes (100M, 200M); a law in N needs at least 3"),
+    "two sizes each": (rows(sizes=(1e8, 2e8)), "compare swiglu xielu", "swiglu and xielu: 2 sizes (100M, 200M); a law"),
+    "two sizes to report": (
+        rows(sizes=(1e8, 2e8)),
+        "report --out OUT",
+        "swiglu: 2 sizes (100M, 200M); a law in N needs at least 3; not done either: law of xielu, xielu against",
+    ),
     "one budget": (rows(ratios=(20,), seeds=(0, 1, 2)), "fit", "one token budget per size (20 to 20 tokens per param"),
     "nobody": (rows(), "fit --activation gelu", "has no activation 'gelu'; it has swiglu, xielu"),
     "budget": (rows(), "fit --budget -3", "--budget -3 must be a positive number of FLOPs"),
@@ -169,13 +186,18 @@ def test_missing_columns_name_those_that_are_there(tmp_path, capsys):
 
 def test_files_that_are_no_tables(tmp_path, capsys):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    for path, said in ((tmp_path / "none.csv", "No such file"), (tmp_path, "is a folder"),
-                       (tmp_path / "binary.csv", "is not a CSV file in UTF-8")):  # fmt: skip
+    (tmp_path / "empty.csv").touch()
+    none = tmp_path / "none.csv"
+    for path, said in ((none, f"error: no such table: {none}\n"), (tmp_path, "is a folder"),
+                       (tmp_path / "binary.csv", "is not a CSV file in UTF-8"),
+                       (tmp_path / "empty.csv", "empty.csv is empty; a table has a header")):  # fmt: skip
         assert cli.main(["study", "fit", str(path)]) == 2
         assert said in capsys.readouterr().err
 
 
 def test_a_bad_mapping_is_named(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no such mapping: .*none.toml"):
+        Mapping.of(tmp_path / "none.toml")
     for text, said in (("[column]\n", "unknown table 'column'"), ("[columns]\nloss = {colum = 'x'}\n", "columns.loss"),
                        ("[columns]\nloss = 3\n", "columns.loss"), ("[columns\n", "mapping.toml: "),
                        ("[columns]\nparams = {column = 'size', values = {1B = 1}}\n", "'190M' is not among the values")
