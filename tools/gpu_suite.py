@@ -1,98 +1,108 @@
-"""What only a GPU can prove about the activation kernels: run it there, commit the JSON it writes.
+"""What only a GPU can prove about this project: run it there, commit the JSON it writes.
 
-    python tools/gpu_suite.py --out tools/results/kernels_h200.json            # everything, about 20 minutes
-    python tools/gpu_suite.py --only bandwidth peers --out bandwidth.json      # sections by name
-    python tools/gpu_suite.py --quick --out quick.json                         # small sizes, a minute or two
+    python tools/gpu_suite.py --out tools/results/kernels_h200.json    # everything, about 20 minutes
+    python tools/gpu_suite.py --only bandwidth peers                   # sections or groups by name
+    python tools/gpu_suite.py --quick                                  # small sizes, a few minutes
 
-The sections are in tools/gpu/, and --help lists them. One that fails is reported and the rest go on; the exit code is 1
-if any failed. --device cpu runs what can run without a GPU, at small sizes: it tests this program, not the kernels.
+What FILE has of a section that came to its end is kept and not measured again (--again does), so where a command may
+last ten minutes, the same file takes three:
+
+    python tools/gpu_suite.py --out FILE --only correctness bandwidth peers fp8-speed    # 7 minutes
+    python tools/gpu_suite.py --out FILE --only speed                                    # what is left of it, 7
+    python tools/gpu_suite.py --out FILE --only training                                 # 7
+
+Every section is a process of its own, and large ones are several parts: one that crashes, hangs or loses the GPU takes
+no other with it. Those that are timed run alone, after the others, which run side by side. FILE is written as they find
+something, also when this command is ended by Ctrl-C or SIGTERM, and is of one commit, one GPU and one size.
+
+A section that misses a target says so in the table and goes on. The exit code is 0 if every section asked for was run
+or skipped and met its targets, else 1; 130 if interrupted. --device cpu runs what can run without a GPU, at small
+sizes: it tests this program, not the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import signal
 import subprocess
 import sys
-import time
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests" / "kernels"),
-]  # the bound and the probe are the tests
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tools.gpu import correctness, fp8_mlp, memory, mlp, speed, te, training  # noqa: E402
-from tools.gpu.context import Context, Failure, Skip  # noqa: E402
-
-SECTIONS = {
-    "accuracy": correctness.accuracy,
-    "sums": correctness.sums,
-    "huge": correctness.huge,
-    "determinism": correctness.determinism,
-    "memory": correctness.memory,
-    "bandwidth": speed.bandwidth,
-    "peers": speed.peers,
-    "fp8": correctness.quantized,
-    "fp8-speed": speed.quantized,
-    "fp8-mlp": fp8_mlp.fp8_mlp,
-    "mlp": mlp.mlp,
-    "te": te.te,
-    "training": training.training,
-    "fp8-gate": training.fp8_gate,
-    "plan": memory.plan,
-}
+from tools.gpu import jobs, sections  # noqa: E402
+from tools.gpu.jobs import Job  # noqa: E402
+from tools.gpu.results import Results  # noqa: E402
+from tools.gpu.sections import GROUPS, SECTIONS  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"sections and expected minutes:\n{sections.listed()}",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, *SECTIONS], metavar="NAME", default=[],
+                        help="groups or sections, see below")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON; go on with those there")
+    parser.add_argument("--again", action="store_true", help="measure also what FILE has")
+    parser.add_argument("--limit", type=float, metavar="SECONDS",
+                        help="that a process may take (default: a minute and 3 times what is expected)")  # fmt: skip
+    parser.add_argument("--commit", help="that is measured (default: what git says)")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_suite: torch sees no GPU here; --device cpu --quick tests the suite itself", file=sys.stderr)
+        print("gpu_suite: torch sees no GPU here; --device cpu tests the suite itself", file=sys.stderr)
         return 2
-    context = Context(torch.device(args.device), quick=args.quick or args.device == "cpu")
-    result = {"machine": machine(context.device), "quick": context.quick, "sections": {}}
-    for name in args.only or SECTIONS:
-        result["sections"][name] = run(name, context)
-        if args.out:  # after each, so that a run that is killed leaves what it found
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n" + "\n".join(f"{name:14}{s['status']:9}{s['seconds']:7.1f} s  {s['said']}"
-                           for name, s in result["sections"].items()))  # fmt: skip
-    return 1 if any(section["status"] == "FAILED" for section in result["sections"].values()) else 0
-
-
-def run(name: str, context: Context) -> dict:
-    """{"status": ok, FAILED or skipped, "said": one line, "seconds": ..., "data": whatever the section found}."""
-    print(f"--- {name}", flush=True)
-    start, data = time.perf_counter(), {}
+    quick = args.quick or args.device == "cpu"
+    asked = jobs_of(sections.named(args.only), args.device, quick, args.limit)
     try:
-        status, said = "ok", SECTIONS[name](context, data)
-    except Skip as reason:
-        status, said = "skipped", str(reason)
-    except Failure as what:
-        status, said = "FAILED", str(what)
-    except Exception as error:  # a section that breaks must not take the others with it; it fails, and shows where
-        traceback.print_exc()
-        status, said = "FAILED", f"{type(error).__name__}: {error}".splitlines()[0]
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
-    print(f"{status}: {said}", flush=True)
-    return {"status": status, "said": said, "seconds": time.perf_counter() - start, "data": data}
+        results = Results(args.out, machine(args.device, args.commit) | {"quick": quick})
+    except ValueError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return 2
+    return run(asked, results, args.again, gpu_memory(args.device))
 
 
-def machine(device: torch.device) -> dict:
-    """What the numbers depend on."""
+def run(asked: list[Job], results: Results, again: bool, gib: float) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = False
+    try:
+        jobs.run([job for job in asked if again or not results.has(job.name)], jobs.cores(), gib, results.put)
+    except KeyboardInterrupt:
+        interrupted = True
+    names = [job.name for job in asked]
+    print("\n" + results.table(names))
+    return 130 if interrupted else 0 if results.are_good(names) else 1
+
+
+def jobs_of(names: list[str], device: str, quick: bool, limit: float | None) -> list[Job]:
+    found = []
+    for name in names:
+        section = SECTIONS[name]
+        parts = 1 if quick else section.parts
+        for part in range(parts):
+            words = [name, "--device", device, "--part", str(part), "--parts", str(parts), *["--quick"] * quick]
+            found.append(Job(
+                name if parts == 1 else f"{name} {part + 1}/{parts}",
+                [sys.executable, "-m", "tools.gpu.child", *words],
+                limit or section.limit, 60 * section.minutes, section.gib, section.timed,
+            ))  # fmt: skip
+    return found
+
+
+def gpu_memory(device: str) -> float:
+    """GiB."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else float("inf")
+
+
+def machine(device: str, commit: str | None) -> dict:
+    """What the numbers depend on. commit, uncommitted: None where nobody knows."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(name: str) -> str | None:
@@ -107,14 +117,15 @@ def machine(device: torch.device) -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
+    changes = said_by("git", "status", "--porcelain")
     packages = ("torch", "triton", "numpy", "transformer-engine", "liger-kernel", "megatron-core")
-    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+    query = "--query-gpu=driver_version,power.limit"
     return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "nvidia-smi": said_by("nvidia-smi", query, "--format=csv,noheader") if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(0) if device == "cuda" else None,
+        "nvidia-smi": said_by("nvidia-smi", query, "--format=csv,noheader") if device == "cuda" else None,
         "cuda": torch.version.cuda,
-        "commit": said_by("git", "rev-parse", "--short", "HEAD"),
-        "uncommitted": bool(said_by("git", "status", "--porcelain")),
+        "commit": commit or said_by("git", "rev-parse", "--short", "HEAD"),
+        "uncommitted": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in packages},
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -91,9 +91,9 @@ def measure(
 
     parameters: what the call is given and differentiated by; None: raw ones at their initial values, by name.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     width = columns * (1 + activation.gated)
-    x, dy = (torch.randn(rows, n, generator=generator, dtype=torch.float32).to(device, dtype) for n in (width, columns))
+    x, dy = (torch.randn(rows, n, generator=generator, device=device).to(dtype) for n in (width, columns))
     x.requires_grad_()
     if parameters is None:
         initial = activation.initial_raw().items()

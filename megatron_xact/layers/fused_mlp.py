@@ -93,7 +93,7 @@ def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> Way
         return _said(Way(named), "it is named in [xact]")
     if unfit_:
         return _said(UNFUSED, unfit_)
-    if torch.cuda.is_current_stream_capturing():
+    if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
         return _said(UNFUSED, "its first step is captured in a CUDA graph, where nothing can be measured")
     shape = Shape(
         tokens=hidden_states.shape[:-1].numel() * (mlp.tp_group.size() if mlp.linear_fc1.sequence_parallel else 1),

@@ -15,36 +15,38 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import benchmark, linear
-from tools.gpu.context import Context, Failure, Skip
+from megatron_xact.kernels import linear
+from tools.gpu import timing
+from tools.gpu.context import Context, Entries, Skip
 
 NAMES = ("xielu", "xsilu_glu2")
 BF16_BOUND = 0.02  # largest error over largest number, of sums of products of numbers rounded to bf16
 NO_WORSE = 1.05  # RMS error in FP8, one pass against TE's two: one rounding instead of two
-SAME_BITS = 0.9999  # of FP8 values where both round the same fp32 number; compilers may contract products differently
+UNLIKE = 1e-4  # of FP8 values where both round the same fp32 number; compilers may contract products differently
 TOKENS, HIDDEN, FFN = 16384, 2048, 12288
 REPEATS = 20
 
 
-def te(context: Context, data: dict) -> str:
-    """Errors against fp64, FP8 tensors beside those of TE's quantizers, determinism, times."""
-    if context.device.type != "cuda":
+def correctness(context: Context, data: Entries) -> str:
+    """Errors against fp64, FP8 tensors beside those of TE's quantizers, determinism."""
+    _needs_te(context)
+    told = [_bf16(context, data), _tensors(context, data), _fp8(context, data), _between_modules(context, data)]
+    return "; ".join(told)
+
+
+def speed(context: Context, data: Entries) -> str:
+    """Forward and backward of the MLP, ours and TE's activations with as many parameters, in bf16 and each recipe."""
+    _needs_te(context)
+    return _times(context, data)
+
+
+def _needs_te(context: Context) -> None:
+    if not context.on_gpu:
         raise Skip("TransformerEngine computes on GPUs only; tests/te covers its Python layer")
     try:
         import megatron_xact.layers.te.joint  # noqa: F401
     except (ImportError, OSError) as error:
-        raise Skip(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
-    failures: list[str] = []
-    told = [
-        _bf16(context, data, failures),
-        _tensors(context, data, failures),
-        _fp8(context, data, failures),
-        _between_modules(context, data, failures),
-        _times(context, data),
-    ]
-    if failures:
-        raise Failure("; ".join(failures))
-    return "; ".join(told)
+        raise Skip(timing.reason(error)) from None
 
 
 # --- correctness ------------------------------------------------------------------------------------------------------
@@ -101,10 +103,10 @@ def _exact(context: Context, record: Activation, hidden: int, ffn: int, x: Tenso
     return {"y": y.detach()} | {name: t.grad for name, t in named.items()}
 
 
-def _bf16(context: Context, data: dict, failures: list[str]) -> str:
+def _bf16(context: Context, data: Entries) -> str:
     """Every way to run the MLP in bf16, its error against fp64, and the same bits from two runs."""
     tokens, hidden, ffn = _sizes(context)
-    found = data["bf16"] = {}
+    found, differ = data.setdefault("bf16", {}), data.setdefault("two runs differ", [])
     x, dout = (context.randn(tokens, hidden, seed=s).bfloat16() for s in (4, 5))
     for name in NAMES:
         record = activations.get(name)
@@ -115,16 +117,16 @@ def _bf16(context: Context, data: dict, failures: list[str]) -> str:
                 first, second = (_run(model, parameters, x, dout) for _ in range(2))
                 errors = {key: _largest(first[key], exact[key]) for key in exact}
                 label = f"{name}{' bias' * bias} {way}"
-                found[label] = errors
-                worst = max(errors, key=errors.get)
-                if errors[worst] > BF16_BOUND:
-                    failures.append(f"{label}: {worst} is off by {errors[worst]:.1%}")
+                found |= {f"{key} of {label}": error for key, error in errors.items()}
                 if not all(torch.equal(first[key], second[key]) for key in first):
-                    failures.append(f"{label}: two runs differ")
-    return f"bf16 errors up to {max(e for errors in found.values() for e in errors.values()):.2%}"
+                    differ.append(label)
+                data.save()
+    data.all_at_most("bf16 error", BF16_BOUND, found)
+    data.target("ways of which two runs differ", len(differ), at_most=0)
+    return f"{len(found)} results in bf16"
 
 
-def _ways(record: Activation, context: Context, data: dict) -> Iterator[tuple[str, str | None]]:
+def _ways(record: Activation, context: Context, data: Entries) -> Iterator[tuple[str, str | None]]:
     """TE's linear layers, and joined through every backend that can run here (TE >= 2.17)."""
     from megatron_xact.layers.te.joint import JOINT_FUSION
 
@@ -150,13 +152,13 @@ def _recipes() -> dict:
     }
 
 
-def _fp8(context: Context, data: dict, failures: list[str]) -> str:
+def _fp8(context: Context, data: Entries) -> str:
     """RMS errors of the third step (delayed scaling needs scales) under each recipe, casts in one pass and apart."""
     from transformer_engine.pytorch.quantization import autocast
 
     tokens, hidden, ffn = _sizes(context)
     x, dout = (context.randn(tokens, hidden, seed=s).bfloat16() for s in (4, 5))
-    found = data["fp8"] = {}
+    found, ratios = data.setdefault("fp8", {}), {}
     for recipe_name, recipe in _recipes().items():
         for name in NAMES:
             record, runs = activations.get(name), {}
@@ -170,17 +172,17 @@ def _fp8(context: Context, data: dict, failures: list[str]) -> str:
                             y = _run(model, parameters, x, dout)
                     runs[way] = {key: _rms(y[key], exact[key]) for key in exact}
             except (NotImplementedError, AssertionError) as error:
-                data.setdefault("absent", {})[label] = f"{type(error).__name__}: {error}".splitlines()[0]
+                data.setdefault("absent", {})[label] = timing.reason(error)
                 continue
             found[label] = runs
-            for key, value in runs["one pass"].items():
-                matrix = key in ("y", "x", "w1", "w2")  # an alpha is one number, whose error is luck
-                if matrix and value > NO_WORSE * runs["two passes"][key]:
-                    failures.append(f"{label}: error of {key} {value:.2e}, by TE's casts {runs['two passes'][key]:.2e}")
+            for key in ("y", "x", "w1", "w2"):  # an alpha is one number, whose error is luck
+                ratios[f"{key} of {label}"] = runs["one pass"][key] / runs["two passes"][key]
+            data.save()
+    data.all_at_most("FP8 error beside that by TE's casts", NO_WORSE, ratios)
     return f"FP8 in {len(found)} of {3 * len(NAMES)} recipes and activations"
 
 
-def _tensors(context: Context, data: dict, failures: list[str]) -> str:
+def _tensors(context: Context, data: Entries) -> str:
     """Our FP8 values beside those of TE's quantizers: of fp32 y the same; of y rounded to bf16, how many are."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
@@ -197,8 +199,7 @@ def _tensors(context: Context, data: dict, failures: list[str]) -> str:
         "current": Float8CurrentScalingQuantizer(e4m3, context.device, **both),
         "blockwise": Float8BlockQuantizer(e4m3, block_scaling_dim=1, **both),
     }
-    found = data["tensors"] = {}
-    shares = []
+    found, unlike, shares = data.setdefault("tensors", {}), {}, []
     for name in NAMES:
         record = activations.get(name)
         x = context.randn(tokens, ffn * (1 + record.gated), seed=6).bfloat16()
@@ -210,13 +211,11 @@ def _tensors(context: Context, data: dict, failures: list[str]) -> str:
             found[label] = {}
             for what, value in (("of fp32", wide), ("of bf16", wide.bfloat16())):
                 found[label][what] = _compared(_buffers(ours), _buffers(quantizer(value)))
-            same = min(entry["same"] for entry in found[label]["of fp32"].values())
-            if same < SAME_BITS:
-                failures.append(f"{label}: {same:.4%} of TE's values of the same fp32 numbers")
+            unlike[label] = 1 - min(entry["same"] for entry in found[label]["of fp32"].values())
             shares.append(min(entry["same"] for entry in found[label]["of bf16"].values()))
-        if not torch.equal(amax, amax.clamp(min=wide.abs().amax())):
-            failures.append(f"{name}: the delayed amax is {amax.item()}, below {wide.abs().amax().item()}")
+        data.target(f"{name}: the delayed amax", amax.item(), at_least=wide.abs().amax().item())
         amax.zero_()
+    data.all_at_most("share of FP8 values that are not TE's, of the same fp32 numbers", UNLIKE, unlike)
     return f"rounded to bf16 first, at least {min(shares):.1%} of FP8 values are the same"
 
 
@@ -244,7 +243,7 @@ def _compared(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict:
     }
 
 
-def _between_modules(context: Context, data: dict, failures: list[str]) -> str:
+def _between_modules(context: Context, data: Entries) -> str:
     """te.Linear takes the activation's FP8 output: its result and gradients beside those of its own cast."""
     import transformer_engine.pytorch as te_modules
     from transformer_engine.pytorch.quantization import autocast
@@ -273,17 +272,17 @@ def _between_modules(context: Context, data: dict, failures: list[str]) -> str:
                     inputs = [x, fc2.weight, *module.parameters()]
                     results_now = [out.detach(), *torch.autograd.grad(out, inputs, dout)]
             except (NotImplementedError, AssertionError) as error:
-                found[recipe_name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                found[recipe_name] = timing.reason(error)
                 break
             results.append(results_now)
             kinds.append(type(y).__name__)
         else:
             errors = [_rms(ours, theirs) for theirs, ours in zip(*results, strict=True)]
             found[recipe_name] = {"output of the activation": kinds, "against its own cast": errors}
-            if kinds[1] == "Tensor":
-                failures.append(f"te.Linear under {recipe_name}: the activation's output stayed in 16 bits")
-            if max(errors[:3]) > 0.1:  # y, dx, dw2: FP8 rounds by up to 2^-4 with 3 bits of mantissa
-                failures.append(f"te.Linear under {recipe_name}: {max(errors[:3]):.1%} from its own cast")
+            data.target(f"te.Linear, {recipe_name}: outputs that stayed in 16 bits", kinds[1] == "Tensor", at_most=0)
+            # FP8 rounds by up to 2^-4 with 3 bits of mantissa
+            named = dict(zip(("y", "dx", "dw2"), errors, strict=False))
+            data.all_at_most(f"te.Linear, {recipe_name}: error beside its own cast", 0.1, named)
     return f"te.Linear beside ours: {sum(isinstance(entry, dict) for entry in found.values())} recipes"
 
 
@@ -298,19 +297,17 @@ def _rms(ours: Tensor, true: Tensor) -> float:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def _times(context: Context, data: dict) -> str:
-    """Forward and backward of the MLP, ours and TE's activations with as many parameters, in bf16 and each recipe."""
+def _times(context: Context, data: Entries) -> str:
     tokens, hidden, ffn = (512, 256, 768) if context.quick else (TOKENS, HIDDEN, FFN)
+    data["absent"] = absent = {}
     data["seconds"] = seconds = {}
     for recipe_name, recipe in ({"bf16": None} | _recipes()).items():
-        for label, step in _contenders(context, data, tokens, hidden, ffn, recipe):
-            name = f"{recipe_name} {label}"
-            try:
-                seconds[name] = benchmark.clock(step, context.device, REPEATS)
-            except (NotImplementedError, AssertionError) as error:
-                data.setdefault("absent", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            print(f"{name:44}{statistics.median(seconds[name]) * 1e3:9.3f} ms", flush=True)
+        calls = {f"{recipe_name} {label}": step for label, step in
+                 _contenders(context, data, tokens, hidden, ffn, recipe)}  # fmt: skip
+        for name, times in timing.in_turns(context, calls, REPEATS, absent).items():
+            seconds[name] = times
+            print(f"{name:44}{statistics.median(times) * 1e3:9.3f} ms", flush=True)
+        data.save()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     told = []
     for recipe_name in ("bf16", *_recipes()):

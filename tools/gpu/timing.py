@@ -1,0 +1,73 @@
+"""Timing on a GPU: contenders in turns, operands that are not in its cache, and the clocks it has under load."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_xact.kernels import benchmark
+from tools.gpu.context import Context
+
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")  # MHz, MHz, W, degrees Celsius
+
+
+def in_turns(
+    context: Context, calls: dict[str, Callable[[], object]], repeats: int, absent: dict[str, str]
+) -> dict[str, list[float]]:
+    """Seconds of every repetition by label, the calls taking turns; one that cannot run is left out, into `absent`."""
+    working = {}
+    for label, call in calls.items():
+        try:
+            call()
+            context.synchronize()
+            working[label] = call
+        except Exception as problem:  # a compiler's, mostly: it must not take the others' numbers with it
+            absent[label] = reason(problem)
+            print(f"    {label} cannot run: {absent[label]}", flush=True)
+            context.synchronize()  # a GPU that is lost for this process says so again: nothing is left to time
+    seconds = benchmark.clock_in_turns([*working.values()], context.device, repeats)
+    return dict(zip(working, seconds, strict=True))
+
+
+def reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:300]
+
+
+class Rotation:
+    """Calls of the same kind, one at a time. Each keeps its result until its next turn, so that results, too, go to
+    other memory than the last one's."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]]):
+        self.turns = itertools.cycle(enumerate(calls))
+        self.results: list[object] = [None] * len(calls)
+
+    def __call__(self) -> None:
+        turn, call = next(self.turns)
+        self.results[turn] = call()
+
+
+def sets_beyond_cache(context: Context, num_bytes: int) -> int:
+    """How many sets of operands of this size are together four times the GPU's second-level cache."""
+    if not context.on_gpu:
+        return 1
+    return -(-4 * torch.cuda.get_device_properties(context.device).L2_cache_size // num_bytes)
+
+
+def clocks_under_load(context: Context) -> dict[str, str] | None:
+    """What nvidia-smi says while matrix products are under way; None where it says nothing. About two seconds."""
+    if not context.on_gpu:
+        return None
+    a = context.randn(8192, 8192, dtype=torch.bfloat16)
+    for _ in range(1000):  # 1.4 ms each: longer than nvidia-smi takes
+        a @ a
+    query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+    finally:
+        context.synchronize()
+    return dict(zip(CLOCKS, said.split(", "), strict=False))
