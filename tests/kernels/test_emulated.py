@@ -27,7 +27,7 @@ def worst(name: str, dtype: str, moved: bool) -> dict[str, float]:
     return {key: excess(record, key, x, p, ours[key], true[key], DTYPES[dtype])[0] for key in true}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_derivatives(name, dtype):
     for moved in (False, True):
