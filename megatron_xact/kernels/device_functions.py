@@ -8,9 +8,9 @@ compiler drops the rest: forward pays for f alone. In the place of a derivative 
 Everything is fp32 and built from exp2, rsqrt, multiplication and addition, because that is what a GPU has and what
 Triton's interpreter can check. Nothing is computed as a difference that cancels: expm1(x) - x, erf, atan and the gates'
 tails are polynomials (fitted for the smallest largest relative error, which is in the comments, then rounded to fp32).
-EXACT says the result is stored in fp32: then exp is a polynomial and a reciprocal gets a step of Newton's, since a
-GPU's special functions are off by up to 2 ulps. For 16-bit results these (and exp's relative error of about |x| 2^-24
-for exp(-|x|)) are as good after rounding.
+EXACT says the result is stored in fp32 or fp16: then exp is a polynomial and a reciprocal gets a step of Newton's,
+since a GPU's special functions are off by up to 2 ulps. In bf16 these (and exp's relative error of about |x| 2^-24 for
+exp(-|x|)) are as good after rounding: its numbers are too far apart to come close to a root.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def forward_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. pre, bias_ptr and the up's may be None."""
-    EXACT: tl.constexpr = y.dtype == tl.float32
+    EXACT: tl.constexpr = y.dtype != tl.bfloat16
     WIDTH: tl.constexpr = TILE_N // PARTS
     tl.assume(hidden > 0)  # or there would be a second loop for that
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
@@ -80,7 +80,7 @@ def backward_kernel(
 
     dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. y, the bias' pointers and the up's may be None.
     """
-    EXACT: tl.constexpr = dpre.dtype == tl.float32
+    EXACT: tl.constexpr = dpre.dtype != tl.bfloat16
     WIDTH: tl.constexpr = TILE_N // PARTS
     tl.assume(hidden > 0)  # or there would be a second loop for that
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)

@@ -29,7 +29,7 @@ def forward_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. pre_ptr (ungated) and bias_ptr may be None."""
-    EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = y_ptr.dtype.element_ty != tl.bfloat16
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     WIDTH: tl.constexpr = TILE_N // PARTS
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
@@ -80,7 +80,7 @@ def backward_kernel(
     dp_ptr [learned parameters, tiles], dbias_ptr [row blocks, W]. y_ptr and the bias' pointers may be None.
     """
     DTYPE: tl.constexpr = dpre_ptr.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    EXACT: tl.constexpr = DTYPE != tl.bfloat16
     WIDTH: tl.constexpr = TILE_N // PARTS
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row_block, column_block = place(tl.program_id(0), rows, columns, TILE_M, TILE_N)

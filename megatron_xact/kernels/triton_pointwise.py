@@ -62,7 +62,7 @@ def forward_kernel(
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y_RC = scale_R act(x_RW + bias_W). bias_ptr and scale_ptr may be None."""
-    EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = y_ptr.dtype.element_ty != tl.bfloat16
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row, column, _, _ = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     mask = (row < rows) & (column < columns)
@@ -86,7 +86,7 @@ def backward_kernel(
 
     dp_ptr [learned parameters, programs], dbias_ptr [row blocks, W], dscale_ptr [R, column blocks].
     """
-    EXACT: tl.constexpr = dx_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = dx_ptr.dtype.element_ty != tl.bfloat16
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
     row, column, row_block, column_block = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
     mask = (row < rows) & (column < columns)

@@ -34,7 +34,7 @@ def _function_errors(context: Context, name: str) -> dict[str, float]:
     for dtype in DTYPES:
         for moved in (False, True):
             x, p = sample(dtype), parameters(record, moved)
-            ours = evaluate(record, x.to(context.device), p, exact=dtype == torch.float32)
+            ours = evaluate(record, x.to(context.device), p, exact=dtype != torch.bfloat16)
             for key, true in truth(record, x, p).items():
                 ratio, at = excess(record, key, x, p, ours[key].cpu(), true, dtype)
                 found[f"{name} {key}{' moved' * moved} {dtype} at x = {at:g}"] = ratio
