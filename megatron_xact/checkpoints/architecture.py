@@ -33,7 +33,7 @@ class Architecture:
     """Key-value heads; equal to num_heads without grouped-query attention."""
     head_dim: int
     vocab_size: int
-    """The tokenizer's, without padding."""
+    """The tokenizer's, or more where an import has rows beyond its ids; without Megatron's padding."""
     padded_vocab_size: int
     """Rows of Megatron's embedding."""
     max_positions: int
@@ -79,7 +79,12 @@ _MEGATRON_MEANS = {
 }
 
 
-def from_megatron(args: Namespace, vocab_size: int) -> Architecture:
+def vocabulary_size(args: Namespace, tokenizer_size: int) -> int:
+    """Rows of the embedding that are no padding, by the arguments saved in a checkpoint and its tokenizer's ids."""
+    return max(tokenizer_size, getattr(args, "vocab_size", None) or 0)
+
+
+def from_megatron(args: Namespace, tokenizer_size: int) -> Architecture:
     """Of the arguments saved in a checkpoint. ValueError names the one that no family can express."""
     for name, meant in _MEGATRON_MEANS.items():
         value = getattr(args, name, meant)
@@ -89,7 +94,7 @@ def from_megatron(args: Namespace, vocab_size: int) -> Architecture:
     if norm not in ("RMSNorm", "LayerNorm"):
         raise ValueError(f"unknown architecture: normalization = {norm!r} (only RMSNorm and LayerNorm)")
     try:
-        return _architecture(args, vocab_size)
+        return _architecture(args, vocabulary_size(args, tokenizer_size))
     except AttributeError as error:
         raise ValueError(f"unknown architecture: the checkpoint's arguments do not say {error.name}") from None
 

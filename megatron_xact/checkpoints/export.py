@@ -99,9 +99,9 @@ def export(
     else:
         files = tokenizer_files.of_checkpoint(source.args, source.folder)
     a = from_megatron(source.args, files.size)
-    if a.vocab_size > a.padded_vocab_size:
+    if files.size > a.padded_vocab_size:
         raise ValueError(
-            f"the tokenizer in {files.folder} has {a.vocab_size} ids, the model's embedding {a.padded_vocab_size} "
+            f"the tokenizer in {files.folder} has {files.size} ids, the model's embedding {a.padded_vocab_size} "
             "rows: it is not this model's; name the right one with --tokenizer"
         )
     rules = table(a)
@@ -120,8 +120,9 @@ def export(
         files.copy(folder)
         config = to_hf(a, name) | files.special
         _write_json(folder / "config.json", config)
-        generation = {key: value for key, value in files.special.items() if value is not None}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+        if not (folder / tokenizer_files.GENERATION).is_file():  # else it came with the tokenizer, from an import
+            generation = {key: value for key, value in files.special.items() if value is not None}
+            _write_json(folder / tokenizer_files.GENERATION, {"_from_model_config": True, **generation})
         if family(a).model_type == "xact":
             (folder / MODELING_FILE).write_text(modeling_source(a.activation))
         run = source.folder.parent if (source.folder.parent / "progress.jsonl").is_file() else None
@@ -164,7 +165,11 @@ def _verify(checkpoint: Path, folder: Path, tokenizer: Path) -> str:
     report = verify.verify(checkpoint, folder, tokenizer=tokenizer)
     if not report.same:
         where = f"; first differing module: {report.first_module}" if report.first_module else ""
-        raise ValueError(f"the exported model is not the checkpoint's: {'; '.join(report.problems[:3])}{where}")
+        problems = "; ".join(report.problems[:3])
+        raise ValueError(
+            f"the exported model is not the checkpoint's: {problems}{where} (A: the checkpoint, B: the export; with "
+            "--no-verify it is written uncompared)"
+        )
     return summary(report)
 
 

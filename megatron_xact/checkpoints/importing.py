@@ -51,13 +51,14 @@ from megatron_xact.checkpoints.safetensors_io import Weights
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.checks import TRACKER
-from megatron_xact.pretraining.config import ActivationConfig, RunConfig, XactConfig
+from megatron_xact.pretraining.config import EVAL_INTERVAL, ActivationConfig, RunConfig, XactConfig
 from megatron_xact.pretraining.data.progress import Progress
 
 DISAGREEMENT = ("refuse", "average", "rank0")
 TABLE_OF = {
     "tensor-model-parallel-size": "parallel",
     "pipeline-model-parallel-size": "parallel",
+    "use-distributed-optimizer": "parallel",
     "tokenizer-type": "data",
     "tokenizer-model": "data",
     "eval-interval": "schedule",
@@ -88,6 +89,8 @@ class _Source:
     dtype: torch.dtype
     read: Callable[[Rule], tuple[Tensor, ...]]
     tokenizer: TokenizerFiles | None
+    vocab_size: int | None
+    """Rows of the embedding as the source says, which may have more than its tokenizer has ids; None: it does not."""
     notes: tuple[str, ...]
 
 
@@ -177,6 +180,7 @@ def import_checkpoint(
             # (auto_map) makes transformers ask on the terminal, on every rank, whether to run that code.
             (folder / "tokenizer").mkdir()
             found.tokenizer.copy(folder / "tokenizer")
+            tokenizer_files.keep_ids(source, folder / "tokenizer")
         (folder / "config.toml").write_text(config.dump())
         verified = _verify(source, folder) if verify else "no (--no-verify)"
     dtype = str(found.dtype).removeprefix("torch.")
@@ -233,6 +237,7 @@ def _hugging_face(folder: Path, divisible_by: int, tensor_parallel: int) -> _Sou
         dtype,
         lambda rule: rule.restore(*(weights.read(name) for name in rule.hf)),
         tokenizer_files.of_folder(folder) if has_tokenizer else None,
+        a.vocab_size,
         notes,
     )
 
@@ -297,7 +302,7 @@ def _megatron(source, activation: str | None, policy: str) -> _Source:
             return tuple(c.mean(dim=0) if policy == "average" else c[0] for c in copies)
         return tuple(source.read(t) for t in rule.megatron)
 
-    return _Source(a, rules, source.dtype(), read, tokenizer, notes)
+    return _Source(a, rules, source.dtype(), read, tokenizer, getattr(source.args, "vocab_size", None), notes)
 
 
 def _spread(source: LegacyCheckpoint, tensor: MegatronTensor) -> float:
@@ -331,11 +336,14 @@ def _config(source: _Source, out: Path, tensor_parallel: int, pipeline_parallel:
         "pipeline-model-parallel-size": pipeline_parallel,
         "ckpt-format": "torch_dist",
         "save-interval": 1000,
-        "eval-interval": 1000,
+        "eval-interval": EVAL_INTERVAL,
         "pretrained-checkpoint": str(out),
     }
     if source.dtype in (torch.bfloat16, torch.float16):
-        values |= {"bf16" if source.dtype == torch.bfloat16 else "fp16": True}
+        values |= {"bf16" if source.dtype == torch.bfloat16 else "fp16": True, "use-distributed-optimizer": True}
+    if source.vocab_size and (source.tokenizer is None or source.tokenizer.size < source.vocab_size):
+        # Megatron would make as many rows as the tokenizer has ids, padded, and drop the others as it loads.
+        values |= {"vocab-size": source.vocab_size, "padded-vocab-size": a.padded_vocab_size}
     if source.tokenizer is not None:
         values |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(out / "tokenizer")}
     said = identity(a.activation)

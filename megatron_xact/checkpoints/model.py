@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_xact.checkpoints import megatron_io, tokenizer_files
-from megatron_xact.checkpoints.architecture import identity_of, record
+from megatron_xact.checkpoints.architecture import identity_of, record, vocabulary_size
 from megatron_xact.checkpoints.modeling import is_ours
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining.checks import TRACKER
@@ -147,7 +147,7 @@ def load(folder: str | Path, step: int | None = None) -> Model:
     module, args = load_megatron(source.path)
     vocabulary = args.padded_vocab_size
     with contextlib.suppress(ValueError):  # no tokenizer: the padding stays in
-        vocabulary = min(vocabulary, tokenizer_files_of(source, args).size)
+        vocabulary = min(vocabulary, vocabulary_size(args, tokenizer_files_of(source, args).size))
     return Model(source, module, vocabulary, args.max_position_embeddings, args.seq_length, args)
 
 

@@ -8,10 +8,14 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+GENERATION = "generation_config.json"
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja",
+    "vocab.json", "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
+KINDS = ("bos_token", "eos_token", "pad_token")
+IDS = "token_ids.json"
+"""Beside an imported model's tokenizer: the special ids of its config.json, which need not be the tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class TokenizerFiles:
     folder: Path
     size: int
     """Number of ids, without any padding."""
-    special: dict[str, int | None]
+    special: dict[str, int | list[int] | None]
     """bos_token_id, eos_token_id and pad_token_id; None where there is none."""
 
     def copy(self, out: Path) -> None:
@@ -41,11 +45,21 @@ def of_folder(folder: Path) -> TokenizerFiles:
     config = folder / "tokenizer_config.json"
     names = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     special = {}
-    for kind in ("bos_token", "eos_token", "pad_token"):
+    for kind in KINDS:
         token = names.get(kind)
         token = token["content"] if isinstance(token, dict) else token
         special[f"{kind}_id"] = ids.get(token)
+    if (folder / IDS).is_file():
+        special |= json.loads((folder / IDS).read_text(encoding="utf-8"))
     return TokenizerFiles(folder, max(ids.values()) + 1, special)
+
+
+def keep_ids(model: Path, out: Path) -> None:
+    """The special ids that `model`'s config.json gives, kept beside the tokenizer in `out`; none of a Megatron run."""
+    if (model / "config.json").is_file():
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        ids = {f"{kind}_id": config[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in config}
+        (out / IDS).write_text(json.dumps(ids) + "\n")
 
 
 def of_checkpoint(args: Namespace, checkpoint: Path) -> TokenizerFiles:
@@ -53,8 +67,8 @@ def of_checkpoint(args: Namespace, checkpoint: Path) -> TokenizerFiles:
     current folder and from those above the checkpoint. ValueError: it is not there."""
     named = getattr(args, "tokenizer_model", None)
     if not named or getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
-        kind = getattr(args, "tokenizer_type", None)
-        raise ValueError(f"no tokenizer: the run used {kind} {named or ''}; name a Hugging Face one with --tokenizer")
+        used = " ".join(filter(None, (getattr(args, "tokenizer_type", None), named))) or "none"
+        raise ValueError(f"no tokenizer: the run used {used}; name a Hugging Face one's folder with --tokenizer")
     for base in (Path(), *checkpoint.absolute().parents):
         if (base / named).is_dir():
             return of_folder(base / named)

@@ -130,6 +130,8 @@ def _parallel(args: Namespace, world_size: int) -> None:
     )
     tp_name, groups = "tensor-model-parallel-size", args.num_query_groups
     _divides(tp, tp_name, args.num_attention_heads, "num-attention-heads")
+    if args.padded_vocab_size is not None:
+        _divides(tp, tp_name, args.padded_vocab_size, "padded-vocab-size")
     if args.group_query_attention and groups % tp and tp % groups:
         raise ValueError(f"{tp_name} = {tp} must divide num-query-groups = {groups} or be a multiple of it")
     if args.ffn_hidden_size is not None:
@@ -319,7 +321,9 @@ def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchCo
     loaded = []
     if "load" in folders:
         loaded.append(choice.pick(args, branch.start).checkpoint)
-    if (folder := folders.get("pretrained-checkpoint")) is not None:
+    # Read by Megatron as long as the run has no checkpoint of its own, and then for its weights alone.
+    if (folder := folders.get("pretrained-checkpoint")) is not None and not any(loaded):
+        args = Namespace(**vars(args) | {"finetune": True})
         if args.ckpt_step is None and not (folder / TRACKER).is_file():
             raise FileNotFoundError(f"pretrained-checkpoint: no checkpoint in {folder} (no {TRACKER})")
         loaded.append(check_checkpoint(folder, args.ckpt_step))

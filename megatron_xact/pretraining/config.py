@@ -22,6 +22,7 @@ say where it stands. Paths inside the tables are relative to the current directo
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -182,6 +183,8 @@ CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3), "gradi
 ZERO_INSTEAD = ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
 # What Megatron asks TransformerEngine for, left out where [fp8] is not enabled.
 FP8_PREFIXES = ("fp8-", "reuse-grad-buf-for-mxfp8-param-ag")
+# Steps; Megatron 0.19.2 divides by its own, and has no default.
+EVAL_INTERVAL = 1000
 # What the DALI loader does not do; its batches reach Megatron as those of an external loader.
 NOT_WITH_DALI = (
     "dataloader-type",
@@ -215,6 +218,8 @@ class RunConfig:
         left_out += () if self.fp8.enabled else FP8_PREFIXES
         given = ((key, value) for key, value in self.megatron.items() if not key.startswith(left_out))
         words = [word for key, value in given for word in arguments.find(key)[0].tokens(value)]
+        if "eval-interval" not in self.megatron:
+            words += ["--eval-interval", str(EVAL_INTERVAL)]
         if self.xact.loader == "dali":
             words += ["--dataloader-type", "external"]
         return words + (["--swiglu"] if self.activation.record().gated else [])
@@ -259,6 +264,7 @@ class RunConfig:
         if a.trainable is not None:
             activation["trainable"] = list(a.trainable)
         meant = {"deepspeed": self.xact.engine == "deepspeed", "branch": bool(self.branch.trunk)}
+        meant["fp8"] = self.asks_for_fp8 or self.fp8 != FP8Config()
         ours = {table: _hyphenated(getattr(self, table)) for table in OURS if meant.get(table, True)}
         return {name: t for name, t in tables.items() if t} | {"activation": activation} | ours
 
@@ -366,6 +372,7 @@ def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
     for key, value in entries.items():
         kind, words = kinds.get(key, (int | float, "a number"))
         if not isinstance(value, kind) or isinstance(value, bool):
+            _refuse_unknown(key, place)
             raise ValueError(f"{key} = {value!r} ({place}): expected {words}")
         if key in ("lr_mult", "weight_decay") and value < 0:
             raise ValueError(f"{key} = {value!r} ({place}): a multiplier cannot be negative")
@@ -376,6 +383,15 @@ def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
     if "name" in entries and entries["name"] != inherited.get("name"):
         inherited = {key: inherited[key] for key in ("lr_mult", "weight_decay") if key in inherited}
     return inherited | entries
+
+
+def _refuse_unknown(key: str, place: str) -> None:
+    """ValueError if no activation has such a key in its table."""
+    known = {f.name for f in fields(ActivationConfig)} - {"init"}
+    known |= {q.name for name in activations.names() for q in activations.get(name).parameters}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise ValueError(f"unknown key {key!r} ({place}); nearest: {near[0]!r}")
 
 
 def _activation(entries: dict[str, object], where: str) -> ActivationConfig:

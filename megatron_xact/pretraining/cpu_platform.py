@@ -139,6 +139,8 @@ def _stand_in_for_torch_cuda() -> None:
 
     properties = SimpleNamespace(name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=1)
     stand_ins = {
+        # Once DeepSpeed is imported, as transformers does where it is installed, torch counts devices to answer this.
+        "is_available": lambda: False,
         "current_device": lambda: _CPU,
         "device_count": lambda: 1,  # 0 makes Megatron skip its model-parallel set-up
         "set_device": nothing(),

@@ -52,8 +52,12 @@ def of_exception(error: BaseException) -> tuple[str, str]:
     """(kind, reason in one line) of what ended a rank."""
     while type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:  # torch's, of a data loader's worker: the last line is what the worker said
+        reason = text = text.splitlines()[-1]
+    else:
+        text = " ".join(text.split())
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if type(error).__name__ == "ReplicaMismatch":
         return "replicas", text
     if found := re.search(r"Unexpected result (.*?) \(message='(.*?)'\)", text):  # Megatron's, of losses and gradients

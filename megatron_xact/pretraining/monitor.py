@@ -60,9 +60,10 @@ class Monitor:
         self._losses: list[Tensor] = []  # [sum of losses, number of tokens], one per microbatch since the last report
         self._since: tuple[int, float] | None = None
         self._optimizer: MegatronOptimizer | None = None
-        self._due: tuple[int, float, float] | None = None  # step, its loss, tokens per second: shown after its update
+        # step, its loss, tokens per second: shown after its update
+        self._due: tuple[int, float, float | None] | None = None
         self._bar: tqdm | None = None
-        self._alphas: Alphas = {}
+        self._alphas: Alphas | None = None  # the last that were looked at
         self._probe: Probe | None = None
 
     def watch_loss(self, forward_step: Callable) -> Callable:
@@ -96,6 +97,8 @@ class Monitor:
             check_replicas(self.model, mpu.get_tensor_model_parallel_group(), step)
         if self.telemetry_interval and step % self.telemetry_interval == 0:
             self._record_alphas(step)
+        elif self.telemetry_interval and self._alphas is None:  # to be shown until the next record, after a resume
+            self._alphas = gather_alphas(self.model)
         if self._measures_at(step):
             self._record_statistics(step)
         self._record_loss(step + 1)
@@ -167,11 +170,11 @@ class Monitor:
         if step > self._since[0]:
             self._since = (step, now)
 
-    def _speed(self, step: int, now: float) -> float:
-        """Tokens per second, of the whole run, since the last record; 0.0 where there is none."""
+    def _speed(self, step: int, now: float) -> float | None:
+        """Tokens per second, of the whole run, since the last record; None where there is none."""
         since_step, since = self._since
         tokens = (step - since_step) * get_args().global_batch_size * get_args().seq_length
-        return tokens / (now - since) if tokens else 0.0
+        return tokens / (now - since) if tokens else None
 
     def _after_update(self, grad_norm: float | None) -> None:
         if self._due is not None:
@@ -179,7 +182,7 @@ class Monitor:
             self._due = None
             self._show(step, loss, speed, grad_norm)
 
-    def _show(self, step: int, loss: float, speed: float, grad_norm: float | None) -> None:
+    def _show(self, step: int, loss: float, speed: float | None, grad_norm: float | None) -> None:
         args = get_args()
         flops, mfu = throughput.model_flops(args, speed), throughput.mfu(args, speed)
         self._append(
@@ -189,7 +192,7 @@ class Monitor:
                 "loss": loss,
                 "grad_norm": grad_norm,  # before clipping; null where the update was skipped
                 "learning_rate": get_canonical_lr_for_logging(self._optimizer.param_groups),  # of this step's update
-                "tokens_per_second": round(speed, 1),
+                "tokens_per_second": round(speed, 1) if speed else None,  # null at a start's first record
                 "model_flops_per_second": flops,
                 "mfu": mfu,
                 "memory_bytes": throughput.memory_bytes(),  # of this rank, the last one
@@ -198,7 +201,8 @@ class Monitor:
             },
         )
         _log({name: value for name, value in (("tokens-per-second", speed), ("mfu", mfu)) if value}, step)
-        told = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {_alpha_range(self._alphas)}"
+        told = [f"loss {loss:.4f}", f"{speed:,.0f} tokens/s" if speed else "", _alpha_range(self._alphas or {})]
+        told = "  ".join(filter(None, told))
         if self._bar is None:
             self._bar = tqdm(
                 total=args.train_iters,

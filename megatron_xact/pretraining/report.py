@@ -97,7 +97,8 @@ def summary(report: Report) -> str:
     lines = []
     if report.loss:
         (first, at_first), (last, at_last) = report.loss[0], report.loss[-1]
-        lines.append(f"training     loss {at_first:.3f} at step {first}, {at_last:.3f} at step {last}")
+        end = f", {at_last:.3f} at step {last}" if last > first else ""
+        lines.append(f"training     loss {at_first:.3f} at step {first}{end}")
     if report.validation_perplexity is not None:
         beside = f" (a unigram model: {report.unigram_perplexity:,.1f})" if report.unigram_perplexity else ""
         lines.append(f"validation   perplexity {report.validation_perplexity:,.1f}{beside}")

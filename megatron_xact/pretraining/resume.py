@@ -19,7 +19,8 @@ def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, objec
     """ValueError, one line, for the first thing in which `checkpoint` (torch_dist) and the run contradict.
 
     args: Megatron's, as parsed; activation: `ActivationConfig.identity()`; engine: as in [xact]. Checkpoints that say
-    nothing of a matter (weights alone; an activation that Megatron's own programs trained) are not refused for it.
+    nothing of a matter (weights alone; an activation that Megatron's own programs trained) are not refused for it, nor
+    is `release` for its optimizer, of which Megatron loads the weights alone.
     """
     common = _common_state(checkpoint)
     saved = common.get("args")
@@ -33,7 +34,7 @@ def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, objec
         )
     if not args.use_checkpoint_args:
         _refuse_other_shape(checkpoint, saved, args)
-    if not (args.finetune or args.no_load_optim or args.skip_train):
+    if not (args.finetune or args.no_load_optim or args.skip_train or checkpoint.name == "release"):
         _refuse_other_engine(checkpoint, getattr(saved, "xact_engine", "megatron"), engine)
         _refuse_other_optimizer(checkpoint, saved, common.get("content_metadata") or {}, args)
         if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_xact.pretraining import config as config_file
-from megatron_xact.pretraining import exits, failures, launchers, signals, supervisor
+from megatron_xact.pretraining import exits, failures, launchers, signals, status, supervisor
 from megatron_xact.pretraining.config import RunConfig, validate
 from megatron_xact.pretraining.files import write_text
 from megatron_xact.pretraining.launchers import Plan
@@ -63,10 +63,15 @@ def main(args: argparse.Namespace) -> int:
         _be_the_only_rank()
     signals.install(config.launch.signal)
     run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
-    with _output(config, args.quiet) as terminal:
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with Watchdog(run_folder, rank, ranks, config.launch.hang_timeout, terminal) as watchdog:
-            return _train(config, run_folder, watchdog, terminal)
+    try:
+        with _output(config, args.quiet) as terminal:
+            rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            with Watchdog(run_folder, rank, ranks, config.launch.hang_timeout, terminal) as watchdog:
+                return _train(config, run_folder, watchdog, terminal)
+    except KeyboardInterrupt:
+        if "XACT_ATTEMPT" not in os.environ:  # a rank's launcher says so
+            print(status.interrupted(run_folder), file=sys.stderr)
+        return exits.INTERRUPTED
 
 
 def _asked_for(args: argparse.Namespace) -> RunConfig:
@@ -249,7 +254,12 @@ def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
     """What ended this rank, told in one line, by the launcher where there is one; the exit code."""
     watchdog.end(kind, reason)
     if not watchdog.supervised:
-        print(f"xact: error: {reason}", file=terminal, flush=True)
+        rank = watchdog.status
+        failure = failures.Failure(kind, rank.rank, rank.host, rank.step, reason)
+        print(f"xact: error: {failure.line()}", file=terminal, flush=True)
+        if len(watchdog.ranks) == 1 and watchdog.folder is not None:
+            with contextlib.suppress(OSError):  # the disk may be full
+                failures.record(watchdog.folder.parents[1], failure, "", "stopped")
     return exits.of_kind(kind)
 
 

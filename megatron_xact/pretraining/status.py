@@ -84,6 +84,13 @@ def latest_step(run: Path) -> int:
     return int(word) if word.isdecimal() else 0
 
 
+def interrupted(run: Path | None) -> str:
+    """What Ctrl-C leaves behind, and what would have saved."""
+    step = latest_step(run) if run is not None else 0
+    left = f"the same command goes on from step {step}, the last checkpoint" if step else "there is no checkpoint yet"
+    return f"xact: interrupted without saving: {left}; SIGTERM (kill PID) would save first"
+
+
 def processes_of(attempt: str) -> list[int]:
     """The processes of this host that belong to an attempt, by their environment; [] where there is no /proc."""
     mark, found = f"XACT_ATTEMPT={attempt}\0".encode(), []

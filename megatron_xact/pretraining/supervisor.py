@@ -86,7 +86,7 @@ class Supervisor:
             except KeyboardInterrupt:
                 self._end(attempt, signal.SIGINT)
                 self.nodes.say(state="stop", code=exits.INTERRUPTED)
-                print("xact: interrupted", file=sys.stderr)
+                print(status.interrupted(self.plan.folder), file=sys.stderr)
                 return exits.INTERRUPTED
             if not self.nodes.leads:
                 self.nodes.say(attempt=attempt, code=returned)

@@ -12,7 +12,7 @@ from megatron_xact.pretraining import cpu_platform
 from megatron_xact.pretraining.planning.hardware import GPUS
 
 
-def model_flops(args: Namespace, tokens_per_second: float) -> float | None:
+def model_flops(args: Namespace, tokens_per_second: float | None) -> float | None:
     """Floating-point operations per second of the whole run, by Megatron's count for a step (forward and backward)."""
     if not tokens_per_second:
         return None
@@ -20,7 +20,7 @@ def model_flops(args: Namespace, tokens_per_second: float) -> float | None:
     return per_token * tokens_per_second
 
 
-def mfu(args: Namespace, tokens_per_second: float) -> float | None:
+def mfu(args: Namespace, tokens_per_second: float | None) -> float | None:
     """`model_flops` over the dense bf16 peak of all GPUs; None on the CPU and on GPUs whose peak is not known here."""
     flops, peak = model_flops(args, tokens_per_second), _peak()
     return flops / (peak * args.world_size) if flops and peak else None

@@ -93,7 +93,7 @@ class Runs:
         self.config, self.tokenizer = folder / "tiny.toml", folder / "data" / "tokenizer"
         self.config.write_text(CONFIG.format(root=ROOT, data=folder / "data"))
         self._threads = ThreadPoolExecutor(2)
-        self._server = warm(session)
+        self.server = warm(session)
         self._futures: dict = {}
 
     def start(self, *names: str) -> Runs:
@@ -110,7 +110,7 @@ class Runs:
     def train(self, name: str, ranks: int, words: list[str], config: Path | None = None) -> Path:
         save = self.folder / name.replace(" ", "-")
         saving = ["--save", str(save), "--load", str(save)]
-        self._server.run(str(config or self.config), *saving, *words, ranks=ranks)
+        self.server.run(str(config or self.config), *saving, *words, ranks=ranks)
         return save
 
 
@@ -155,7 +155,10 @@ def hf_configs() -> dict:
             mlp_bias=True,
             tie_word_embeddings=True,
         ),
-        "llama head_dim": LlamaConfig(**gqa, rope_parameters=plain, head_dim=12, hidden_act="relu"),
+        # more rows than the tokenizer has ids, and than Megatron would pad those to
+        "llama head_dim": LlamaConfig(
+            **gqa | {"vocab_size": 530}, rope_parameters=plain, head_dim=12, hidden_act="relu"
+        ),
         "arcee": ArceeConfig(**gqa, rope_parameters=plain),
         "qwen2": Qwen2Config(**gqa, rope_parameters=plain, tie_word_embeddings=True),
         "qwen3": Qwen3Config(**gqa, rope_parameters=plain, head_dim=8),
@@ -192,8 +195,9 @@ def hf_models(runs, tmp_path_factory) -> dict[str, Path]:
 def in_process(function: Callable, *args):
     """function(*args) in a process of its own, without a GPU: there Megatron may take the process over."""
     context = multiprocessing.get_context("spawn")
-    before = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    without = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = {key: os.environ.get(key) for key in without}
+    os.environ |= without
     try:
         with context.Pool(1) as pool:
             return pool.apply(_told, (function, *args))

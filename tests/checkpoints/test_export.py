@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from saved import RUNS, VOCABULARY, execute, in_process
 
-from megatron_xact.checkpoints import safetensors_io
+from megatron_xact.checkpoints import safetensors_io, tokenizer_files
 from megatron_xact.checkpoints.export import export, size_in_bytes
 from megatron_xact.checkpoints.folders import whole_folder
 from megatron_xact.checkpoints.megatron_io import open_checkpoint
@@ -202,6 +203,7 @@ def test_one_iteration_by_folder_or_by_step(runs, tmp_path):
 def test_a_wrong_conversion_is_noticed_and_leaves_nothing(exports, fault):
     folder, _, ended = exports
     assert "the exported model is not the checkpoint's" in ended[fault] or "lacks" in ended[fault], ended[fault]
+    assert "A: the checkpoint, B: the export" in ended["wrong theta"]
     assert list((folder / "broken").iterdir()) == []
 
 
@@ -264,6 +266,8 @@ def test_a_damaged_checkpoint(runs, tmp_path, refused):
 
 def test_a_missing_tokenizer(runs, tmp_path, refused):
     assert "no tokenizer.json" in refused(tokenizer=tmp_path)
+    with pytest.raises(ValueError, match="the run used none; name a Hugging Face one's folder with --tokenizer"):
+        tokenizer_files.of_checkpoint(Namespace(), tmp_path)
     small = tmp_path / "small"
     small.mkdir()
     (small / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 600}}, "added_tokens": []}))

@@ -78,7 +78,7 @@ def test_a_run_to_hugging_face_and_back_is_bit_equal(runs, tmp_path, name):
     assert from_megatron(old, VOCABULARY) == from_megatron(new, VOCABULARY)
 
 
-@pytest.mark.parametrize("name, ranks, flag", [("apertus", 2, "tensor"), ("llama", 2, "pipeline")])
+@pytest.mark.parametrize("name, ranks, flag", [("apertus", 2, "tensor"), ("llama head_dim", 2, "pipeline")])
 def test_training_goes_on_from_an_import(runs, imports, hf_models, tmp_path, name, ranks, flag):
     """By the printed command, with a learning rate of nothing: Megatron loaded every weight, or saves others."""
     folder = imports[0] / hf_models[name].name
@@ -98,8 +98,44 @@ def test_the_config_is_complete_and_valid(imports, hf_models, monkeypatch):
     assert config.megatron["tensor-model-parallel-size"] == 2 and config.megatron["qk-layernorm"]
     words = "--train-iters 1 --lr 1e-3 --micro-batch-size 1 --global-batch-size 1 --mock-data"
     validate(config.with_overrides(words.split(), []), 2)
+    loaded = ["--load", str(folder), "--use-distributed-optimizer"]  # it holds no optimizer: none is the wrong one
+    validate(config.with_overrides([*words.split(), *loaded], []), 2)
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def test_a_bf16_import_is_trained_on_and_resumed(runs, tmp_path):
+    """By the printed command; its schedule goes on, and alphas are told before their next record is due."""
+    source = save_hf(hf_configs()["apertus"], tmp_path / "hf", runs.tokenizer, torch.bfloat16)
+    import_checkpoint(source, tmp_path / "in", verify=False)
+    data, run = runs.folder / "data", tmp_path / "run"
+    words = f"--train-data-path {data}/train_text_document --valid-data-path {data}/validation_text_document "
+    words += "--lr 1e-3 --train-iters 4 --micro-batch-size 2 --global-batch-size 2 --num-workers 0 --log-interval 1 "
+    words += f"--eval-iters 0 --save {run} --load {run}"
+    runs.server.run(str(tmp_path / "in" / "config.toml"), *words.split(), "--exit-interval", "2")
+    shutil.rmtree(tmp_path / "in" / "release")  # not needed any more
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").unlink()
+    said = runs.server.run(str(run / "config.toml"), *words.split())
+    records = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert [r["learning_rate"] for r in records] == pytest.approx([1e-3 * (1 - done / 4) for done in range(4)])
+    assert [r["tokens_per_second"] is None for r in records] == [True, False, True, False]
+    (line,) = [line for line in said.splitlines() if line.startswith("step 3/4")]
+    assert "alpha_p" in line and "tokens/s" not in line
+
+
+def test_what_a_model_says_of_generating_comes_back(hf_models, tmp_path):
+    source = shutil.copytree(hf_models["llama"], tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text()) | {"bos_token_id": 3, "eos_token_id": [0, 2]}
+    (source / "config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [0, 2, 7], "pad_token_id": 5, "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    import_checkpoint(source, tmp_path / "in", verify=False)
+    export(tmp_path / "in", tmp_path / "out", verify=False)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert {name: written[name] for name in names} == {name: config[name] for name in names}
 
 
 def test_16_bit_weights_stay_and_alphas_become_fp32(runs, tmp_path):

@@ -157,6 +157,19 @@ def test_what_the_refusals_offer_is_accepted(runs, words):
     validate(config, 4 if words[0] == TP2[0] else 1)
 
 
+def test_a_pretrained_checkpoint_gives_its_weights_alone_and_to_the_first_start_only(runs, refused, tmp_path):
+    """Another optimizer and schedule are no contradiction; another model is. A run with a checkpoint reads its own."""
+    given = ["--pretrained-checkpoint", str(runs["one"].folder)]
+    validate(load(runs.config).with_overrides([*given, *DISTRIBUTED, "--lr", "0.02", "--train-iters", "20"]), 1)
+    assert "but this run has xiprelu" in refused(*given, "--set", "activation.name=xiprelu")
+    assert "pretrained-checkpoint: no checkpoint in" in refused("--pretrained-checkpoint", str(tmp_path / "gone"))
+    own = str(runs["one"].folder)
+    words = ["--save", own, "--load", own, "--pretrained-checkpoint", str(tmp_path / "gone")]
+    validate(load(runs.config).with_overrides(words), 1)
+    with pytest.raises(ValueError, match="was trained with lr = 0.01"):
+        validate(load(runs.config).with_overrides([*words, "--lr", "0.02"]), 1)
+
+
 @pytest.mark.parametrize(
     "damage, told",
     [

@@ -127,7 +127,8 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_and_signals_save_it(runs, t
     interrupted = Supervised(plan)
     interrupted.wait_for_ranks(2)
     interrupted.process.send_signal(signal.SIGINT)
-    assert interrupted.wait(exits.INTERRUPTED, 30.0).splitlines()[-1] == "xact: interrupted"
+    told = interrupted.wait(exits.INTERRUPTED, 30.0).splitlines()[-1]
+    assert told.startswith("xact: interrupted without saving: the same command goes on from step 10, the last")
 
     Supervised(plan).wait(exits.FINISHED)
     assert losses(run) == runs["tp2"].losses
@@ -178,7 +179,9 @@ def test_faults_that_a_rank_meets_by_itself(runs, tmp_path):
 
     diverged = tmp_path / "diverged"
     said = ranks.run(*words(runs, diverged, "--lr", "1e30", "--save-interval", "1"), code=exits.NAN)
-    assert "xact: error: found " in said
+    (failure,) = failures(diverged)
+    assert (failure["kind"], failure["rank"], failure["decision"]) == ("nan", 0, "stopped")
+    assert f"xact: error: rank 0 on {os.uname().nodename}, after step {failure['step']}: found " in said
     steps = sorted(path.name for path in diverged.glob("iter_*"))
     assert steps and len(steps) < STEPS - 1
 
@@ -195,6 +198,7 @@ def test_the_records_tell_what_megatron_measured(runs):
     hidden, ffn, sequence, vocabulary, layers = 32, 64, 32, 512, 2
     attention = 4 * hidden * hidden + 2 * sequence * hidden / 2  # projections; scores and values, of half the square
     per_token = 6 * (layers * (attention + 2 * hidden * ffn) + hidden * vocabulary)
+    assert records[1]["tokens_per_second"] is None
     for record in list(records.values())[1:]:
         assert record["model_flops_per_second"] == pytest.approx(per_token * record["tokens_per_second"], rel=1e-2)
         assert record["mfu"] is None  # no GPU

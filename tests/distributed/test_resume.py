@@ -66,7 +66,8 @@ def test_the_guard_stops_a_run_whose_replicas_came_apart_and_names_rank_layer_an
     perturbed = runs["perturbed"]
     assert perturbed.code != 0
     told = re.search(
-        r"xact: error: after 10 steps, decoder\.layers\.0\.mlp\.activation_func\.alpha_p\[0\] differs between "
+        r"xact: error: rank \d on \S+, after step 10: after 10 steps, "
+        r"decoder\.layers\.0\.mlp\.activation_func\.alpha_p\[0\] differs between "
         r"tensor-parallel ranks: rank 0 = ([\d.e-]+), rank 1 = ([\d.e-]+)\.",
         perturbed.output,
     )

@@ -104,6 +104,13 @@ def test_every_flag_of_megatron_can_be_set_and_reads_back_as_given():
         assert read == expected, name
 
 
+def test_evaluations_have_an_interval_though_megatron_has_no_default(tiny):
+    """Megatron 0.19.2 divides by it before the first step, also where nothing is evaluated."""
+    assert PARSER.parse_args([]).eval_interval is None and "eval-interval" not in tiny.megatron
+    assert megatron_reads(tiny).eval_interval == 1000
+    assert megatron_reads(tiny.with_overrides(["--eval-interval", "5"])).eval_interval == 5
+
+
 @pytest.mark.parametrize("value, expected", [(True, True), (False, False)])
 def test_boolean_optional_flags_take_both_values(tiny, value, expected):
     flag = "rl-partial-rollouts"
@@ -169,6 +176,7 @@ def test_bad_arguments_are_told_in_one_line(tmp_path, line, message):
         (TINY + "alpha_q = 1.0", "alpha_q"),
         (TINY + "alpha_n = 0.2\nbeta = 0.5", "alpha_n"),
         (TINY + "beta = 'half'", "beta = 'half' (bad.toml [activation]): expected a number"),
+        (TINY + "nam = 'xielu'", "unknown key 'nam' (bad.toml [activation]); nearest: 'name'"),
         (TINY + "lr-mult = -1", "a multiplier cannot be negative"),
         (TINY + "trainable = 'beta'", "expected a list of parameter names"),
         (TINY + "trainable = [1]", "expected a list of parameter names"),
@@ -300,6 +308,7 @@ def test_every_shipped_config_loads(path):
     [
         (["--num-attention-heads", "3"], 1, "num-attention-heads = 3 must divide hidden-size = 64"),
         (["--tensor-model-parallel-size", "3"], 3, "size = 3 must divide num-attention-heads = 4"),
+        (["--tensor-model-parallel-size", "4", "--padded-vocab-size", "510"], 4, "divide padded-vocab-size = 510"),
         (
             ["--tensor-model-parallel-size", "4", "--ffn-hidden-size", "90"],
             4,
@@ -534,6 +543,13 @@ def test_gradients_have_one_of_two_formats(tiny):
     assert tiny.with_overrides(sets=["fp8.gradients=e5m2"]).fp8.gradients == "e5m2"
     with pytest.raises(ValueError, match="gradients = 'e3m4' .*expected 'e4m3' or 'e5m2'"):
         tiny.with_overrides(sets=["fp8.gradients=e3m4"])
+
+
+def test_the_fp8_table_is_kept_where_it_means_something(tiny, tmp_path):
+    assert "[fp8]" not in tiny.dump()
+    for sets in (["xact.mlp=fp8"], ["fp8.enabled=false"]):
+        kept = tiny.with_overrides(sets=sets)
+        assert "[fp8]" in kept.dump() and write(tmp_path / "again.toml", kept.dump()) == kept
 
 
 def test_one_flag_takes_fp8_out(tiny):

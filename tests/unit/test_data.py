@@ -355,6 +355,9 @@ def test_messy_folders_and_single_files(tmp_path: Path) -> None:
     kept = sorted(content for content in found if not isinstance(content, str))
     assert kept == [(t, t.encode()) for t in ("after a mark", "caf\ufffd", "lone \ufffd surrogate", "no suffix")]
     assert left_out == {"not text": 1, "empty": 3}
+    made = prepare(folder / "out", str(folder), VOCAB_SIZE)
+    assert made.replaced == 2 and made.skipped == left_out
+    assert "1 not text; 2 document(s) hold U+FFFD" in made.summary()
 
     lines = [f"line {number} of one long file\n" for number in range(20_000)]
     (tmp_path / "book.txt").write_text("".join(lines))

@@ -96,6 +96,19 @@ def test_an_exception_that_only_carries_another_is_the_other():
     assert failures.of_exception(outer) == ("error", "ValueError: bad file")
 
 
+def test_what_a_data_loaders_worker_raised_is_its_last_line():
+    from torch._utils import ExceptionWrapper
+
+    try:
+        int("seven")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")  # what torch's workers send
+    with pytest.raises(ValueError, match="Original Traceback") as raised:
+        wrapped.reraise()
+    said = "ValueError: invalid literal for int() with base 10: 'seven'"
+    assert failures.of_exception(raised.value) == ("error", said)
+
+
 DONE = {"kind": "done"}
 BROKEN = {"kind": "network", "reason": "Connection closed by peer", "time": 1003.0}
 

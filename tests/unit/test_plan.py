@@ -198,7 +198,7 @@ def test_recomputation_is_paid_for():
         ("--context-parallel-size 3 --nodes 3", "2 x context-parallel-size = 6 must divide seq-length = 4096"),
         ("--tensor-model-parallel-size 16", "8 process(es) cannot be split into tensor 16 x pipeline 1 x context 1"),
         ("--tensor-model-parallel-size 8 --padded-vocab-size 147460",
-         "tensor-model-parallel-size = 8 must divide the padded vocabulary = 147460"),
+         "tensor-model-parallel-size = 8 must divide padded-vocab-size = 147460"),
         ("--micro-batch-size 8", "pipeline stage 0 needs "),
         ("--gpus-per-node 1 --gpu h200 --micro-batch-size 16", "pipeline stage 0 needs "),
     ],

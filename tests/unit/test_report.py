@@ -143,6 +143,9 @@ def test_perplexities_are_those_of_the_losses(run):
     assert results.unigram_perplexity == pytest.approx(50)
     told = report.summary(results)
     assert "loss 5.000 at step 10, 3.000 at step 40" in told
+    write(run / "progress.jsonl", [progress(20, 5.334)])
+    assert "loss 5.334 at step 20\n" in report.summary(report.read(run))
+    write(run / "progress.jsonl", [progress(10, 5.0), progress(40, 3.0)])
     assert "perplexity 25.8 (a unigram model: 50.0)" in told
     assert "unigram" not in report.summary(report.read(run))
     (run / "report.json").write_text(json.dumps(report.figures(results)))

@@ -37,6 +37,7 @@ class State:
     bytes: int = 0  # of text taken, the document kept back included
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    replaced: int = 0  # documents taken that hold U+FFFD
     held: tuple | None = None  # see documents.Splitter
     validated: bool = False
     seconds: float = 0.0  # of encoding

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 NOT_TEXT, EMPTY = "not text", "empty"
+REPLACEMENT = "\ufffd"
 
 
 class Record(NamedTuple):

@@ -25,7 +25,7 @@ def encode(folder: Path, source: Source, state: State, num_workers: int) -> None
     vocab_size = bpe.load(encoding.tokenizer).vocab_size
     held = state.held
     if held is not None:
-        place, num_bytes, ids = held[1]
+        place, num_bytes, ids, *_ = held[1]
         held = (held[0], Document(place, num_bytes, np.array(ids)))
     splitter = Splitter[Document](settings["validation_fraction"], held, state.validated)
     writers = {}
@@ -69,6 +69,7 @@ def _within_limits(found: list[Document | str], state: State) -> tuple[list[Docu
         if max_bytes is not None and num_bytes > max_bytes or max_tokens is not None and num_tokens > max_tokens:
             return taken, False
         state.bytes, state.tokens = num_bytes, num_tokens
+        state.replaced += document.replaced
         taken.append(document)
     return taken, True
 

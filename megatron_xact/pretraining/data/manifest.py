@@ -40,6 +40,7 @@ class DataManifest:
     unigram_nats: float  # cross entropy of validation under train's token frequencies, nats per token
     unigram_perplexity: float
     versions: dict[str, str]
+    replaced: int = 0  # documents that hold U+FFFD
     made: dict[str, object] = field(default_factory=dict)  # when, and how fast: nothing that decides the tokens
     reused: bool = False  # this call found the data ready
 
@@ -76,6 +77,8 @@ class DataManifest:
             )
         )
         left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items())) or "nothing"
+        if self.replaced:
+            left_out += f"; {self.replaced} document(s) hold U+FFFD, which takes the place of what is not UTF-8"
         return (
             f"{self.source}\n{splits}\n"
             f"  tokenizer  {self.vocab_size:,} tokens, {self.bytes_per_token:.2f} bytes each"

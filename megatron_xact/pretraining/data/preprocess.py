@@ -249,6 +249,7 @@ def _manifest(folder: Path, source: corpus.Source, state: State, num_workers: in
         train=info(manifest.TRAIN, state.train),
         validation=info(manifest.VALIDATION, state.validation),
         skipped=state.skipped,
+        replaced=state.replaced,
         unigram_nats=nats,
         unigram_perplexity=exp(nats),
         versions={"python": platform.python_version()} | {"tokenizers": version("tokenizers")},

@@ -34,6 +34,7 @@ class Document(NamedTuple):
     place: int  # see documents.place_of
     num_bytes: int  # of UTF-8
     ids: np.ndarray  # [tokens]
+    replaced: bool = False  # holds U+FFFD, which takes the place of what is not UTF-8
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Encoding:
                     continue
                 text, data = content
                 ids = np.array(encoder.encode(text, self.append_eod), dtype=dtype)
-                found.append(Document(documents.place_of(data, self.seed), len(data), ids))
+                place, replaced = documents.place_of(data, self.seed), documents.REPLACEMENT in text
+                found.append(Document(place, len(data), ids, replaced))
             return found
 
         return encode

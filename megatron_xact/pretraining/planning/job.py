@@ -126,13 +126,7 @@ def describe(config: RunConfig) -> Namespace:
 def with_layout(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int) -> Job:
     """The job, its layout found legal. ValueError: what does not divide."""
     checks._parallel(args, gpus)
-    shape = _shape(config, args)
-    if shape.vocab % args.tensor_model_parallel_size:
-        raise ValueError(
-            f"tensor-model-parallel-size = {args.tensor_model_parallel_size} must divide the padded vocabulary = "
-            f"{shape.vocab}; change one of them"
-        )
-    return Job(config, args, shape, _layout(args, gpus, gpus_per_node))
+    return Job(config, args, _shape(config, args), _layout(args, gpus, gpus_per_node))
 
 
 def _shape(config: RunConfig, args: Namespace) -> Shape:

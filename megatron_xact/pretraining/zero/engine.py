@@ -78,8 +78,7 @@ class ZeroModel(torch.nn.Module):
 def import_deepspeed():
     """The package, told which device it drives where Megatron's CPU platform stands in for CUDA."""
     if cpu_platform.is_active():
-        # The second: it would have torch count GPUs to see whether there are any, and the platform counts one.
-        os.environ |= {"DS_ACCELERATOR": "cpu", "PYTORCH_NVML_BASED_CUDA_CHECK": "0"}
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.utils import logger
 
