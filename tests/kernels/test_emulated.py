@@ -53,8 +53,9 @@ def test_kernels_with_bias_and_scale(name, dtype):
         check(record, *inputs(record, (5, 9, 200), dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", test_fp8.LARGEST, ids=str)
-@pytest.mark.parametrize("name", ["xielu", "swiglu"])
+@pytest.mark.parametrize(
+    "name, dtype", [("xielu", torch.float8_e4m3fn), ("xielu", torch.float8_e5m2), ("swiglu", torch.float8_e4m3fn)]
+)
 def test_fp8_kernels(name, dtype):
     record, largest, tolerance = activations.get(name), test_fp8.LARGEST[dtype], test_fp8.half_a_step(dtype)
     x, dy, bias, p = test_fp8.inputs(record, (2, 75, 256 if record.gated else 200))
@@ -74,9 +75,10 @@ def test_fp8_kernels(name, dtype):
                 assert torch.equal(q.columns_CR.T.float(), q.rows_RC.float())
 
 
-@pytest.mark.parametrize("sizes", ["tma", "pointers"])
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["xielu", "relu2", "xsilu_glu2"])
+@pytest.mark.parametrize("name, arch, sizes", [
+    ("xielu", 80, "pointers"), ("relu2", 80, "tma"), ("xsilu_glu2", 80, "tma"),
+    ("xielu", 90, "tma"), ("relu2", 90, "tma"), ("xsilu_glu2", 90, "pointers"),
+])  # fmt: skip
 def test_products_with_their_activation(name, arch, sizes, monkeypatch):
     """Two threads of a warp that sum up the same to different bits are an error here too."""
     record = activations.get(name)
@@ -87,9 +89,8 @@ def test_products_with_their_activation(name, arch, sizes, monkeypatch):
 
 
 @pytest.mark.parametrize("direction, name, tile", [
-    (direction, name, tile)
-    for (direction, gated), tiles in triton_gemm.HOPPER.items() for tile in tiles
-    for name in (["xsilu_glu2"] if gated else ["xielu"])
+    (direction, "xsilu_glu2" if gated else "xielu", tile)
+    for (direction, gated), tiles in triton_gemm.HOPPER.items() for tile in (tiles[0], tiles[-1])
 ], ids=str)  # fmt: skip
 def test_hoppers_tiles(direction, name, tile):
     """Each program makes several tiles, whose loads run ahead of their products."""
