@@ -10,8 +10,16 @@ bash launch/env.sh test,data,deepspeed
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 2 ? cores : 2))}
 
+# -rs: one line per skipped test with its reason
+tests() { .venv/bin/python -m pytest -rs "$@" || code=$?; }
+
 code=0
-.venv/bin/python -m pytest -rs "$@" || code=$?   # -rs: one line per skipped test with its reason
+if [ $# -gt 0 ]; then
+    tests "$@"
+else  # what starts ranks of its own needs the cores for itself
+    tests -n "$((cores < 8 ? cores : 8))" --dist loadfile tests/kernels tests/studies tests/unit
+    tests tests/checkpoints tests/distributed tests/slurm tests/te
+fi
 case $code in
     0) echo "tests/run.sh: passed (skipped tests, if any, are listed above with their reasons)" ;;
     5) echo "tests/run.sh: no test was selected" >&2 ;;
