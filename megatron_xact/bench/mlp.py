@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
+ACTIVATIONS = ["xielu", "relu2", "swiglu"]  # what is measured where none is named
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--activations", nargs="+", default=["xielu", "relu2", "swiglu"], metavar="NAME",
-        help="default: xielu relu2 swiglu",
-    )  # fmt: skip
+        "--activations", nargs="+", default=ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(ACTIVATIONS)}"
+    )
     parser.add_argument("--tokens", type=int, help="of one microbatch (default: 16384 on a GPU, 256 on a CPU)")
     parser.add_argument("--hidden", type=int, help="hidden size (default: 2048 on a GPU, 128 on a CPU)")
     parser.add_argument(
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     parser.add_argument("--bias", action="store_true", help="with a bias in fc1")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each peer, times three (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each peer, in threes (default: %(default)s)")
     parser.add_argument("--refresh", action="store_true", help="measure again what is remembered, and remember that")
 
 

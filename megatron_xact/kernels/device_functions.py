@@ -124,7 +124,7 @@ def sigmoid_gate(x, EXACT: tl.constexpr):
     e = exp_of_sum(-u, 0.0, EXACT)
     s = reciprocal(1.0 + e, EXACT)
     tail = e * s  # of the gate at -u
-    if EXACT:  # once more, with the division's error times the tail only
+    if EXACT:  # once more, with the reciprocal's error times the tail only
         tail = e - e * tail
         s = 1.0 - tail
     one_minus_e = tl.where(u < 1.0, u - u * u * expm1_quotient(-u), 1.0 - e)
@@ -143,7 +143,7 @@ def normal_gate(x, EXACT: tl.constexpr):
         e = exp_of_sum(-0.5 * u * u, 0.0, EXACT)
     # Phi(-u) = exp(-u^2/2) t P(t): relative error 3e-8 for 0 <= u <= 15
     t = reciprocal(1.0 + 0.35 * u, EXACT)
-    last = t  # factor, which makes the division's error good: t P(t) goes about as t^1.75
+    last = t  # factor, which makes the reciprocal's error good: t P(t) goes about as t^1.75
     if EXACT:
         last = t + 1.75 * (t * reciprocal_residual(t, u, h))
     p = -0.02916393242776394

@@ -52,7 +52,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", type=_positive(float), default=0.002, metavar="NAT",
                         help="sd of a run's loss, for the expected interval (default: 0.002)")  # fmt: skip
     parser.add_argument("--multiplier", type=_positive(float), default=1.05, metavar="M",
-                        help="compute multiplier to find, see compare; for the same (default: 1.05)")  # fmt: skip
+                        help="compute multiplier to find, see compare; same use (default: %(default)s)")  # fmt: skip
 
 
 def plan(args: argparse.Namespace, outside: Outside) -> int:

@@ -60,7 +60,7 @@ def _parsed(ptx: str) -> tuple[list[tuple], dict[str, int]]:
     body = re.sub(r"//[^\n]*", "", body[: body.index("$L__func_end0:")])
     instructions, labels = [], {}
     for statement in re.split(r"[;\n]", body):
-        statement = statement.strip().removeprefix("{").strip() if "," not in statement else statement.strip()
+        statement = statement.strip()
         if label := re.fullmatch(r"(\$?\w+):", statement):
             labels[label[1]] = len(instructions)
         elif found := re.fullmatch(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement):
