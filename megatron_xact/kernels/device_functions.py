@@ -33,10 +33,10 @@ def exp(x):
 
 
 @triton.jit
-def exp_of_sum(high, low, EXACT: tl.constexpr):
-    """exp(high + low) for high <= 0 and |low| < 0.11, below 2^-126 too; to an ulp if EXACT."""
+def exp_of_minus(u, low, EXACT: tl.constexpr):
+    """exp(-u) for u >= 0, below 2^-126 too. If EXACT to an ulp, and it is exp(-u + low), |low| < 0.11."""
     if EXACT:
-        high = tl.where(high < -110.0, -110.0, high)  # nan stays nan
+        high = tl.where(u > 110.0, -110.0, -u)  # nan stays nan
         shifted = high * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: rounds to the nearest integer
         n = shifted - 12582912.0
         r = ((high - n * 0.693359375) + n * 2.12194440e-4) + low  # n ln 2 in two parts, the first of them exact
@@ -49,7 +49,7 @@ def exp_of_sum(high, low, EXACT: tl.constexpr):
         p = (r * r * p + r) + 1.0
         n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
         return p * power_of_two(n >> 1) * power_of_two(n - (n >> 1))  # two, of which none is below 2^-126
-    h = tl.exp2((high + low) * 0.7213475204444817)  # squared: a GPU's exp2 is 0 below 2^-126, a product is not
+    h = tl.exp2(u * -0.7213475204444817)  # squared: a GPU's exp2 is 0 below 2^-126, a product is not
     return h * h
 
 
@@ -91,14 +91,25 @@ def reciprocal_residual(t, u, h):
 
 
 @triton.jit
-def expm1_quotient(x):
-    """(expm1(x) - x) / x^2 for -1 <= x <= 0, relative error 2e-8."""
-    p = 0.00013700773706659675
-    p = p * x + 0.0013237660750746727
-    p = p * x + 0.008300237357616425
-    p = p * x + 0.041658915579319
-    p = p * x + 0.16666598618030548
-    return p * x + 0.5
+def is_near_zero(x, EXACT: tl.constexpr):
+    """Of x <= 0: is expm1_quotient for it? Beyond, in exp(x) - 1 an exp that is off by 2 ulps does no harm."""
+    return x > (-1.0 if EXACT else -0.25)
+
+
+@triton.jit
+def expm1_quotient(x, EXACT: tl.constexpr):
+    """(expm1(x) - x) / x^2 where x is near zero: relative error 2e-8 if EXACT, else 1e-7."""
+    if EXACT:
+        p = 0.00013700773706659675
+        p = p * x + 0.0013237660750746727
+        p = p * x + 0.008300237357616425
+        p = p * x + 0.041658915579319
+        p = p * x + 0.16666598618030548
+        return p * x + 0.5
+    p = 0.007669939659535885
+    p = p * x + 0.04156417027115822
+    p = p * x + 0.16666154563426971
+    return p * x + 0.4999999701976776
 
 
 @triton.jit
@@ -113,7 +124,7 @@ def negative_part(x):
 
 @triton.jit
 def with_sign_of(magnitude, x):
-    return tl.where(x < 0.0, -magnitude, magnitude)
+    return tl.where(x < 0.0, magnitude * -1.0, magnitude)  # Triton's minus is a subtraction from 0
 
 
 # --- gates: (g, dg/dx, 2g - 1), and what else one has -----------------------------------------------------------------
@@ -121,13 +132,13 @@ def with_sign_of(magnitude, x):
 def sigmoid_gate(x, EXACT: tl.constexpr):
     """Of the logistic function."""
     u = tl.abs(x)
-    e = exp_of_sum(-u, 0.0, EXACT)
+    e = exp_of_minus(u, 0.0, EXACT)
     s = reciprocal(1.0 + e, EXACT)
     tail = e * s  # of the gate at -u
     if EXACT:  # once more, with the reciprocal's error times the tail only
         tail = e - e * tail
         s = 1.0 - tail
-    one_minus_e = tl.where(u < 1.0, u - u * u * expm1_quotient(-u), 1.0 - e)
+    one_minus_e = tl.where(is_near_zero(-u, EXACT), u - u * u * expm1_quotient(-u, EXACT), 1.0 - e)
     return tl.where(x > 0.0, s, tail), tail * s, with_sign_of(one_minus_e * s, x)
 
 
@@ -138,9 +149,9 @@ def normal_gate(x, EXACT: tl.constexpr):
     if EXACT:  # exp(-u^2/2), with u^2 = h^2 + (u - h)(u + h) and h the leading 12 bits of u, so that h^2 is exact
         u = tl.where(u > 15.0, 15.0, u)  # Phi(-15) is 0 in fp32
         h = leading_bits(u)
-        e = exp_of_sum(-0.5 * h * h, -0.5 * (u - h) * (u + h), EXACT)
+        e = exp_of_minus(0.5 * h * h, -0.5 * (u - h) * (u + h), EXACT)
     else:
-        e = exp_of_sum(-0.5 * u * u, 0.0, EXACT)
+        e = exp_of_minus(0.5 * u * u, 0.0, EXACT)
     # Phi(-u) = exp(-u^2/2) t P(t): relative error 3e-8 for 0 <= u <= 15
     t = reciprocal(1.0 + 0.35 * u, EXACT)
     last = t  # factor, which makes the reciprocal's error good: t P(t) goes about as t^1.75
@@ -209,18 +220,25 @@ def expanded(x, a, g, dg, odd):
 
 
 @triton.jit
-def exponential_left(x, right, dright, a, b):
+def exponential_left(x, right, dright, a, b, EXACT: tl.constexpr):
     """x (right x + b) for x > 0, with slope dright x + b; a (expm1(x) - x) + b x for x <= 0, and its d/da.
 
-    For -1 < x <= 0 that too is x (c x + b). Below, expm1(x) = e - 1 with the coefficients of x joined: -inf gives +inf.
+    Near zero that too is x (c x + b). Below, expm1(x) = e - 1 with the coefficients of x joined: -inf gives +inf.
     """
     pos, neg = relu(x), negative_part(x)
-    near = neg > -1.0
-    quotient = expm1_quotient(neg)
     e = exp(neg)
-    f = tl.where(near, x * (x * tl.where(x > 0.0, right, a * quotient) + b), a * e + ((b - a) * x - a))
-    slope = tl.where(near, neg * (a * (neg * quotient) + a), a * e - a) + (dright * pos + b)
-    return f, slope, tl.where(near, neg * neg * quotient, (e - 1.0) - neg)
+    near = is_near_zero(neg, EXACT)
+    quotient = expm1_quotient(neg, EXACT)
+    below = a * e + ((b - a) * x - a)
+    d_a = tl.where(near, neg * neg * quotient, (e - 1.0) - neg)
+    if EXACT:
+        f = tl.where(near, x * (x * tl.where(x > 0.0, right, a * quotient) + b), below)
+        slope = tl.where(near, neg * (a * (neg * quotient) + a), a * e - a) + (dright * pos + b)
+    else:  # rounded to bf16, f asks for less than a sum of many d_a: a quotient within 4e-5, down to -1/16
+        c = (a * 0.16408810019493103) * neg + a * 0.49997982382774353
+        f = tl.where(neg > -0.0625, x * (x * tl.where(x > 0.0, right, c) + b), below)
+        slope = dright * pos + (a * e + (b - a))
+    return f, slope, d_a
 
 
 @triton.jit
@@ -233,14 +251,14 @@ def square_right(x, a, b, left, left_slope):
 # --- one per function: (x, p0, p1, p2) -> (f, slope, df/dp0, df/dp1, df/dp2) ------------------------------------------
 @triton.jit
 def xielu(x, a_p, a_n, b, EXACT: tl.constexpr = False):
-    f, slope, d_n = exponential_left(x, a_p, 2.0 * a_p, a_n, b)
+    f, slope, d_n = exponential_left(x, a_p, 2.0 * a_p, a_n, b, EXACT)
     pos = relu(x)
     return f, slope, pos * pos, d_n, x
 
 
 @triton.jit
 def xielu_cubic(x, a_p, a_n, b, EXACT: tl.constexpr = False):
-    f, slope, d_n = exponential_left(x, a_p * x, 3.0 * a_p * x, a_n, b)
+    f, slope, d_n = exponential_left(x, a_p * x, 3.0 * a_p * x, a_n, b, EXACT)
     pos = relu(x)
     return f, slope, pos * pos * pos, d_n, x
 
@@ -298,9 +316,9 @@ def xatlu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
 @triton.jit
 def xelu(x, a, unused, unused_too, EXACT: tl.constexpr = False):
     neg = negative_part(x)
-    near = neg > -1.0
-    rest = neg * neg * expm1_quotient(neg)
-    e = exp_of_sum(neg, 0.0, EXACT)
+    near = is_near_zero(neg, EXACT)
+    rest = neg * neg * expm1_quotient(neg, EXACT)
+    e = exp_of_minus(tl.abs(neg), 0.0, EXACT)
     f = tl.where(x > 0.0, (1.0 + a) * x, (1.0 + 2.0 * a) * tl.where(near, rest + neg, e - 1.0) - a * x)
     d_a = tl.where(x > 0.0, x, tl.where(near, 2.0 * rest + neg, 2.0 * (e - 1.0) - neg))
     return f, (1.0 + 2.0 * a) * e - a, d_a, x, x

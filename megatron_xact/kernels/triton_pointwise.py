@@ -12,6 +12,7 @@ Shape suffixes: R = rows, C = columns of y, W = columns of x (C, or 2C where gat
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,21 +36,37 @@ from megatron_xact.kernels.triton_launch import (
 
 __all__ = ["backward", "forward", "serves"]
 
-# Elements of y per program. Chosen from machine code for sm_80 and sm_90 (no spills, at least two programs per
-# multiprocessor), not yet on a GPU: where backward holds more than x and dy, half the elements fit the registers.
-TILE = 4096
-TILE_OF_WIDE_BACKWARD = 2048
-NUM_WARPS = 8
+FORWARD, BACKWARD = "forward", "backward"
+
+
+class Tile(NamedTuple):
+    """Elements of y that a program owns, and the warps of it."""
+
+    elements: int
+    warps: int
+
+
+# (direction, are there rows) -> tile. Chosen from machine code for sm_80 and sm_90 (no spills, enough bytes on their way
+# from memory), not yet on a GPU; tools/gpu_suite.py --only tiles measures others. With rows more than one matrix may be
+# read: with two accesses of each per thread the compiler would start the second after the first has been waited for.
+TILES = {
+    (FORWARD, False): Tile(4096, 8),
+    (FORWARD, True): Tile(2048, 4),
+    (BACKWARD, False): Tile(4096, 8),
+    (BACKWARD, True): Tile(2048, 8),
+}
 MAX_TILE_COLUMNS = 1024  # where rows matter; 128 bf16 columns are 256 contiguous bytes
 MIN_TILE_COLUMNS = 128
 
 
 @triton.jit
-def _tile(rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+def _tile(TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr):
     """(row indices [tile rows, 1] int64, column indices [1, tile columns] int64, row block, column block)."""
     program = tl.program_id(0)
-    column_blocks = tl.cdiv(columns, TILE_COLUMNS)
-    row_block, column_block = program // column_blocks, program % column_blocks
+    if TILE_ROWS == 1:  # the only row: nothing to divide before the first load
+        row_block, column_block = program * 0, program
+    else:
+        row_block, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
     row = row_block.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = column_block.to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     return row[:, None], column[None, :], row_block, column_block
@@ -59,12 +76,12 @@ def _tile(rows, columns, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
 def forward_kernel(
     x_ptr, y_ptr, bias_ptr, scale_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """y_RC = scale_R act(x_RW + bias_W). bias_ptr and scale_ptr may be None."""
     EXACT: tl.constexpr = y_ptr.dtype.element_ty != tl.bfloat16
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
-    row, column, _, _ = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    row, column, _, _ = _tile(TILE_ROWS, TILE_COLUMNS, COLUMN_BLOCKS)
     mask = (row < rows) & (column < columns)
     x_offset = row * (columns * (2 if GATED else 1)) + column
     x = load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
@@ -80,7 +97,7 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, x_ptr, dx_ptr, y_ptr, bias_ptr, dbias_ptr, scale_ptr, dscale_ptr, dp_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dx_RW, and what is asked for (not None) of: y_RC again, and partial sums in fp32:
 
@@ -88,7 +105,7 @@ def backward_kernel(
     """
     EXACT: tl.constexpr = dx_ptr.dtype.element_ty != tl.bfloat16
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
-    row, column, row_block, column_block = _tile(rows, columns, TILE_ROWS, TILE_COLUMNS)
+    row, column, row_block, column_block = _tile(TILE_ROWS, TILE_COLUMNS, COLUMN_BLOCKS)
     mask = (row < rows) & (column < columns)
     width = columns * (2 if GATED else 1)
     x_offset, y_offset = row * width + column, row * columns + column
@@ -101,8 +118,7 @@ def backward_kernel(
         up = load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
         y = f * up
     if dscale_ptr is not None:
-        column_blocks = tl.cdiv(columns, TILE_COLUMNS)
-        tl.store(dscale_ptr + row * column_blocks + column_block, sum_along(dy * y, 1)[:, None], mask=row < rows)
+        tl.store(dscale_ptr + row * COLUMN_BLOCKS + column_block, sum_along(dy * y, 1)[:, None], mask=row < rows)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
         y *= scale
@@ -131,7 +147,7 @@ def forward(
     x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
     y = x.new_empty(activation.output_shape(x.shape))
     if y.numel():
-        grid, options = _launch(activation, p, rows, columns, TILE)
+        grid, options = launch(activation, p, FORWARD, rows, columns)
         with device_of(x):
             forward_kernel[grid](x, y, contiguous(bias), contiguous(scale), *slots(activation, p), rows, columns,
                                  **options)  # fmt: skip
@@ -149,8 +165,7 @@ def backward(
 ) -> Backward:
     """As `reference.backward`: one pass, and for each sum over elements an addition of its partial sums."""
     x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
-    grid, options = _launch(activation, p, rows, columns, TILE if rows == 1 else TILE_OF_WIDE_BACKWARD)
-    column_blocks = triton.cdiv(columns, options["TILE_COLUMNS"])
+    grid, options = launch(activation, p, BACKWARD, rows, columns)
     learned = [symbol for symbol, value in p.items() if isinstance(value, Tensor)]
 
     def partial_sums(*shape: int) -> Tensor:
@@ -160,7 +175,7 @@ def backward(
     y = x.new_empty(activation.output_shape(x.shape)) if emit_y else None
     dp = partial_sums(len(learned), *grid)
     dbias = partial_sums(triton.cdiv(rows, options["TILE_ROWS"]), x.shape[-1]) if bias is not None else None
-    dscale = partial_sums(rows, column_blocks) if scale is not None else None
+    dscale = partial_sums(rows, triton.cdiv(columns, options["TILE_COLUMNS"])) if scale is not None else None
     if x.numel():
         with device_of(x):
             backward_kernel[grid](
@@ -184,14 +199,17 @@ def _matrix(activation: Activation, x: Tensor, rowwise: bool) -> tuple[Tensor, i
     return (x, math.prod(rows), columns) if activation.gated or rowwise else (x, 1, x.numel())
 
 
-def _launch(activation: Activation, p: Values, rows: int, columns: int, tile: int) -> tuple[tuple[int], dict]:
+def launch(activation: Activation, p: Values, direction: str, rows: int, columns: int) -> tuple[tuple[int], dict]:
     """Grid and compile-time arguments."""
-    tile_columns = tile if rows == 1 else _tile_columns(columns)
-    tile_rows = tile // tile_columns
-    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),), constants(activation, p) | {
+    tile = TILES[direction, rows > 1]
+    tile_columns = tile.elements if rows == 1 else _tile_columns(columns)
+    tile_rows = tile.elements // tile_columns
+    column_blocks = triton.cdiv(columns, tile_columns)
+    return (triton.cdiv(rows, tile_rows) * column_blocks,), constants(activation, p) | {
         "TILE_ROWS": tile_rows,
         "TILE_COLUMNS": tile_columns,
-        "num_warps": NUM_WARPS,
+        "COLUMN_BLOCKS": column_blocks if rows > 1 else 1,  # of one long row as many as there are programs
+        "num_warps": tile.warps,
     }
 
 

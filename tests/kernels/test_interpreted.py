@@ -119,7 +119,7 @@ def test_bf16_inputs_are_read_exactly():
     record = activations.get("xielu")
     x, _, _, _, p = inputs(record, (4097,), torch.bfloat16)
     y = torch.empty(x.shape)
-    grid, options = kernels._launch(record, p, 1, x.numel(), kernels.TILE)
+    grid, options = kernels.launch(record, p, kernels.FORWARD, 1, x.numel())
     kernels.forward_kernel[grid](x, y, None, None, *slots(record, p), 1, x.numel(), **options)
     truth = record.value(x.double(), {s: v.double() if isinstance(v, torch.Tensor) else v for s, v in p.items()})
     assert_close("y", y, truth)
