@@ -83,29 +83,29 @@ def _study(args: argparse.Namespace) -> int | None:
     return study.main(args, Outside(_activation_values, _planned_model, _planned_speed, _asked_for))
 
 
-def _planned_model(path: Path, sets: list[str]):
-    """What the trainer makes of a config with these overrides, on one copy of the model."""
+def _planned_model(path: Path, layers: list):
+    """What the trainer makes of a config with these layers over it, on one copy of the model."""
     from megatron_xact.studies.outside import Model
 
-    job = _planned(path, sets)
+    job = _planned(path, layers)
     return Model(job.config.activation.name, job.shape, job.layout.micro_batch, job.layout.gpus)
 
 
-def _planned_speed(path: Path, sets: list[str], kind: str, gpus: int) -> float:
+def _planned_speed(path: Path, layers: list, kind: str, gpus: int) -> float:
     """Tokens per second on GPUs of a kind, as `xact plan` expects them."""
     from megatron_xact.pretraining.planning import costs
     from megatron_xact.pretraining.planning.hardware import GPUS
 
     if kind not in GPUS:
         raise ValueError(f"--gpu {kind}: it is known of {', '.join(GPUS)}")
-    return costs.time(_planned(path, sets, gpus), GPUS[kind], GPUS[kind].mfu).tokens_per_second
+    return costs.time(_planned(path, layers, gpus), GPUS[kind], GPUS[kind].mfu).tokens_per_second
 
 
-def _planned(path: Path, sets: list[str], gpus: int | None = None):
+def _planned(path: Path, layers: list, gpus: int | None = None):
     from megatron_xact.pretraining import config as config_file
     from megatron_xact.pretraining.planning import job
 
-    config = config_file.load(path).with_overrides([], sets)
+    config = config_file.load(path).with_layers(layers)
     args = job.describe(config)
     ranks = gpus or (
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
@@ -238,8 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("XACT_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"xact: error: {message}", file=sys.stderr)
+        from megatron_xact.pretraining.files import why_not
+
+        print(f"xact: error: {why_not(error)}", file=sys.stderr)
         return 2
 
 

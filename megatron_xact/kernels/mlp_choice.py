@@ -202,5 +202,5 @@ def _write(file: Path | None, key: dict[str, object], found: Measured) -> str:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        return f"measured now, and not remembered: {error}"
+        return f"measured now, and not remembered: {file} cannot be written ({error.strerror}); see XACT_CACHE"
     return f"measured now, remembered in {file}"

@@ -25,6 +25,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -49,6 +50,8 @@ __all__ = [
 
 TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
 Tables = dict[str, dict[str, object]]
+Layer = tuple[Path | str, Tables]
+"""Tables and where they are from, for messages: a file, whose table is named too, or what is to be said as it is."""
 
 
 @dataclass(frozen=True)
@@ -235,11 +238,14 @@ class RunConfig:
 
     def with_overrides(self, words: list[str] | tuple = (), sets: list[str] | tuple = ()) -> RunConfig:
         """This config with `sets` ("table.key=value", in TOML), then Megatron flags (`words`), over it."""
-        layers = [(str(self.source), self._as_tables())]
-        layers += [(f"--set {text}", _read_set(text)) for text in sets]
+        layers: list[Layer] = [(f"--set {text}", _read_set(text)) for text in sets]
         for key, value in arguments.read_tokens(list(words)).items():
             layers.append(("command line", {self.tables.get(key, "runtime"): {key: value}}))
-        return _resolve(layers, self.source)
+        return self.with_layers(layers)
+
+    def with_layers(self, layers: Iterable[Layer]) -> RunConfig:
+        """This config with others over it, the last one on top."""
+        return _resolve([(self.source or "", self._as_tables()), *layers], self.source)
 
     def dump(self) -> str:
         """TOML that loads to an equal config, with no base."""
@@ -272,15 +278,18 @@ class RunConfig:
 def load(path: str | Path) -> RunConfig:
     """Reads and checks a config and its bases. FileNotFoundError, or ValueError naming key and place."""
     path = Path(path)
-    return _resolve([(str(p), tables) for p, tables in _read(path, ())], path)
+    return _resolve(_read(path, ()), path)
 
 
 def load_activation(path: str | Path) -> ActivationConfig:
     """[activation] of a config and its bases, without asking Megatron's parser, which takes seconds, about the rest."""
     entries: dict[str, object] = {}
-    for place, tables in _read(Path(path), ()):
-        entries = _merge_activation(entries, tables.get("activation", {}), f"{place} [activation]")
-    return _activation(entries, str(path))
+    place = str(path)
+    for file, tables in _read(Path(path), ()):
+        if "activation" in tables:
+            place = f"{file} [activation]"
+            entries = _merge_activation(entries, tables["activation"], place)
+    return _activation(entries, place)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Tables]]:
@@ -302,11 +311,12 @@ def _read(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, Tables]]:
     return [*_read(path.parent / base, (*above, path)), (path, tables)]
 
 
-def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig:
-    """Merges layers, earliest first, checking every key. A layer is (where it is from, tables)."""
+def _resolve(layers: Iterable[Layer], source: Path | None) -> RunConfig:
+    """Merges layers, earliest first, checking every key."""
     megatron: dict[str, Value] = {}
     homes: dict[str, str] = {}
     activation: dict[str, object] = {}
+    activation_place = str(source)  # of the layer that had the last word
     ours: dict[str, dict[str, Setting]] = {table: {} for table in OURS}
     for where, tables in layers:
         seen: dict[str, str] = {}
@@ -315,9 +325,9 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
                 raise ValueError(
                     f"{table} = {entries!r} ({where}) stands in no table; put it into e.g. [model]"
                 )
-            place = f"{where} [{table}]"
+            place = f"{where} [{table}]" if isinstance(where, Path) else where
             if table == "activation":
-                activation = _merge_activation(activation, entries, place)
+                activation, activation_place = _merge_activation(activation, entries, place), place
             elif table in OURS:
                 ours[table] |= _check_ours(OURS[table], entries, place)
             elif table in TABLES:
@@ -338,7 +348,7 @@ def _resolve(layers: list[tuple[str, Tables]], source: Path | None) -> RunConfig
     refused = [key for key in NOT_WITH_DALI if megatron.get(key)]
     if settings["xact"].loader == "dali" and refused:
         raise ValueError(f'loader = "dali" in [xact] does not go with {refused[0]} = {megatron[refused[0]]!r}')
-    return RunConfig(megatron, _activation(activation, str(source)), **settings, source=source, tables=homes)
+    return RunConfig(megatron, _activation(activation, activation_place), **settings, source=source, tables=homes)
 
 
 def _drop_other_data(megatron: dict[str, Value], seen: dict[str, str]) -> None:
@@ -381,6 +391,10 @@ def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
             f"trainable = {entries['trainable']!r} ({place}): expected a list of parameter names"
         )
     if "name" in entries and entries["name"] != inherited.get("name"):
+        try:
+            activations.get(entries["name"])
+        except ValueError as error:
+            raise ValueError(f"{error} ({place})") from None
         inherited = {key: inherited[key] for key in ("lr_mult", "weight_decay") if key in inherited}
     return inherited | entries
 
@@ -406,7 +420,7 @@ def _activation(entries: dict[str, object], where: str) -> ActivationConfig:
     try:
         record = config.record()
     except ValueError as error:
-        raise ValueError(f"{error} ({where} [activation])") from None
+        raise ValueError(f"{error} ({where})") from None
     return ActivationConfig(init=init, **(given | {"name": record.name}))
 
 

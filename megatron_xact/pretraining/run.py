@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_xact.pretraining import config as config_file
 from megatron_xact.pretraining import exits, failures, launchers, signals, status, supervisor
 from megatron_xact.pretraining.config import RunConfig, validate
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.pretraining.files import why_not, write_text
 from megatron_xact.pretraining.launchers import Plan
 from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
 
@@ -131,7 +131,7 @@ def _let_megatron_check(config: RunConfig, processes: int) -> None:
 def _reason(error: Exception) -> str:
     """In one line; many of Megatron's assertions have no words of their own."""
     if str(error):
-        return str(error)
+        return why_not(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron refuses these arguments: {where.line} ({Path(where.filename).name}, line {where.lineno})"
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from megatron_xact.pretraining import exits, failures, signals, status
 from megatron_xact.pretraining.failures import Failure
+from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.launchers import KINDS, Launcher, Plan
 from megatron_xact.pretraining.nodes import Nodes
 from megatron_xact.pretraining.status import FLAG
@@ -247,7 +248,7 @@ def main() -> int:
     try:
         return Supervisor(plan, launcher, nodes).run()
     except OSError as error:
-        print(f"xact: error: {error}", file=sys.stderr)
+        print(f"xact: error: {why_not(error)}", file=sys.stderr)
         return exits.FAILED
 
 

@@ -22,6 +22,7 @@ from typing import TextIO
 
 from megatron_xact.pretraining import exits, failures, signals
 from megatron_xact.pretraining import status as status_files
+from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.status import Status
 
 PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save
@@ -100,7 +101,7 @@ class Watchdog(threading.Thread):
             try:
                 self.status.write(self.folder)
             except OSError as error:  # a full or hiccuping file system must not end the training
-                print(f"xact: cannot write {self.folder}: {error}", file=sys.stderr)
+                print(f"xact: cannot write {self.folder}: {why_not(error)}", file=sys.stderr)
 
     def _allowed(self) -> float:
         saving = any(frame.f_code.co_name in _SLOW for frame, _ in traceback.walk_stack(_main_frame()))

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_xact.studies import planning, state
 from megatron_xact.studies.ladder import PARAMS_COUNT, Cell, cells
+from megatron_xact.studies.progress import listed
 from megatron_xact.studies.table import Run, Table
 
 
@@ -38,8 +39,7 @@ def collect(folder: Path, table_folder: Path) -> tuple[list[Run], list[str]]:
         raise ValueError(f"no cell of {folder} is finished: xact study run {folder}")
     told = [f"{folder}: {len(done)} of {len(every)} cells are finished"]
     if missing := [c.name for c in every if c not in done]:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        told.append(f"missing: {', '.join(missing[:4])}{more}")
+        told.append(f"missing: {listed(missing)}")
     # One run at a time has its own speed; runs beside each other (--jobs) have each other's.
     speeds = state.measured_speeds(folder)
     rows = {(c.trunk.name, c.budget.steps): _row(c, folder, table_folder, speeds) for c in done}

@@ -20,17 +20,21 @@ RUN_EPILOG = """\
   xact study run runs/small --jobs 4                   # GPUs are shared out: on a machine of eight, two for each run
   xact study run runs/small --slurm --sbatch-options "--gpus-per-node=8 --time=12:00:00"
 
-Finished cells are skipped and interrupted ones go on, so the same command again does what is left. Then:
+Finished cells are skipped and interrupted ones go on, so the same command again does what is left. Under --slurm it
+first tells how far the runs are, and submits none that is queued or running. Then:
   xact study collect runs/tiny --out runs/tiny/runs.csv"""
 
 GATE_EPILOG = """\
   xact study fp8-gate my_fp8.toml --out runs/gate
   xact study fp8-gate my_fp8.toml --out runs/gate --set schedule.train-iters=2000    # a shorter look
   xact study fp8-gate my_fp8.toml --out runs/gate --window 500 --threshold 0.02      # trained already: judged anew
+  xact study fp8-gate my_fp8.toml --out runs/gate --slurm --sbatch-options "--gpus-per-node=8 --time=12:00:00"
 
 CONFIG asks for FP8: mlp = "fp8" in [xact], or Megatron's fp8-format. It is trained twice, one run after the other, as
 it is and with fp8.enabled=false: from the same seed, on the same data in the same order. Finished runs are not repeated
-and interrupted ones go on, so the same command does what is left.
+and interrupted ones go on, so the same command does what is left. Under --slurm both are jobs, side by side; the same
+command then tells how far they are, submits again one that has failed, and judges when both have ended. Until then its
+exit code is 75.
 
 PASS (exit code 0): over the last tenth of the steps the loss of FP8 is on average at most 0.01 nat above that of BF16.
 FAIL (exit code 1): it is more, or FP8 diverged. Then the layers are named whose post-activations lose most in FP8, or
@@ -72,7 +76,7 @@ def plan(args: argparse.Namespace, outside: Outside) -> int:
         speed = expectation.Speed(
             f"{args.gpus} x {args.gpu} per run as `xact plan` expects, without starts",
             {(t.size, t.activation): outside.speed(
-                study.base, planning.words(planning.config_of(study, t, folder)), args.gpu, args.gpus
+                study.base, [(study.source, planning.config_of(study, t, folder))], args.gpu, args.gpus
             ) for t in made.trunks},
         )  # fmt: skip
     elif args.measure:
@@ -94,11 +98,16 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a planned study")
     parser.add_argument("--jobs", type=_positive(int), default=1, metavar="N",
                         help="runs at a time (default: 1); of an array under --slurm (default: all)")  # fmt: skip
+    _running_arguments(parser)
+
+
+def _running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc-per-node", type=_positive(int), metavar="N",
                         help="processes of each run (default: what its config needs)")  # fmt: skip
     parser.add_argument("--retries", type=_natural, default=2, metavar="N", help="of a failed run (default: 2)")
     parser.add_argument("--slurm", action="store_true", help="as job arrays; where there is no sbatch, print them")
-    parser.add_argument("--sbatch-options", default="", metavar="WORDS", help="for every array, in one string")
+    parser.add_argument("--sbatch-options", default="", metavar="WORDS",
+                        help="for every array, in one string; a single one: --sbatch-options=--time=60")  # fmt: skip
 
 
 def run(args: argparse.Namespace, outside: Outside) -> int:
@@ -106,7 +115,8 @@ def run(args: argparse.Namespace, outside: Outside) -> int:
 
     study = planning.load(args.folder)
     if args.slurm:
-        return slurm.submit(study, args.folder, args.nproc_per_node, args.jobs, args.sbatch_options)
+        slurm.submit(study, args.folder, args.nproc_per_node, args.jobs, args.sbatch_options)
+        return 0
     return running.run(study, args.folder, args.jobs, args.nproc_per_node, args.retries)
 
 
@@ -120,16 +130,16 @@ def gate_arguments(parser: argparse.ArgumentParser) -> None:
                         help="largest gap that passes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--window", type=_positive(int), metavar="STEPS",
                         help="at the end, that the gap is the mean of (default: a tenth of all)")  # fmt: skip
-    parser.add_argument("--nproc-per-node", type=_positive(int), metavar="N",
-                        help="processes of each run (default: what its config needs)")  # fmt: skip
-    parser.add_argument("--retries", type=_natural, default=2, metavar="N", help="of a failed run (default: 2)")
+    _running_arguments(parser)
 
 
 def gate(args: argparse.Namespace, outside: Outside) -> int:
     from megatron_xact.studies import fp8_gate
 
-    asked = fp8_gate.asked_for(args.config, args.set, outside)
-    return fp8_gate.run(asked, args.out, args.threshold, args.window, args.nproc_per_node, args.retries)
+    pair = fp8_gate.pair_of(fp8_gate.asked_for(args.config, args.set, outside), args.out)
+    if args.slurm:
+        return fp8_gate.submit(pair, args.threshold, args.window, args.nproc_per_node, args.sbatch_options)
+    return fp8_gate.run(pair, args.threshold, args.window, args.nproc_per_node, args.retries)
 
 
 def _positive(kind: type):

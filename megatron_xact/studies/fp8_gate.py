@@ -5,7 +5,8 @@
     DIR/gate.json         the verdict and every number
     DIR/gate.png          the losses, their difference, the layers
 
-FP8 goes first, since it is the one that may fail: where it is refused or diverges, no BF16 run is paid for.
+FP8 goes first, since it is the one that may fail: where it is refused or diverges, no BF16 run is paid for. Under SLURM
+both are jobs, side by side. What has ended is judged from its folder, so that looking again trains nothing.
 """
 
 from __future__ import annotations
@@ -15,43 +16,74 @@ import math
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from megatron_xact import __version__
-from megatron_xact.studies import gate_plot, numbers, words
+from megatron_xact.studies import gate_plot, numbers, slurm, words
 from megatron_xact.studies.gate import Gate, Layer, judge
 from megatron_xact.studies.outside import Asked, Outside
-from megatron_xact.studies.running import INTERRUPTED, NAN, PRETRAIN, Task, train
+from megatron_xact.studies.running import INTERRUPTED, PRETRAIN, SAVED, Task, train
 from megatron_xact.studies.state import Run
 from megatron_xact.studies.table import write_text
 
 RECORDS = 200  # of the loss, at least, where there are as many steps: ten times what a window needs
 MEASUREMENTS = 20  # of the layers, at least
+ARRAY = "pair"  # of the two jobs; the second is BF16's
 ROUNDING = 0.026  # error of e4m3 where nothing is flushed to 0
 
 
-def run(asked: Asked, folder: Path, threshold: float, window: int | None = None, processes: int | None = None,
-        retries: int = 2, pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
-    """Trains what is left, judges, writes and tells. The exit code: 0: FP8 passes; 1: it does not; 130: interrupted.
+@dataclass(frozen=True)
+class Pair:
+    folder: Path
+    asked: Asked
+    fp8: Run
+    bf16: Run
+
+    def has_ended(self) -> bool:
+        """As far as a verdict needs it. ValueError: there will be none, since BF16 is no measure."""
+        if self.bf16.diverged:
+            raise ValueError(f"no verdict, since BF16 diverges by itself: {self.bf16.diverged}; to train it again, "
+                             f"delete {self.bf16.folder}")  # fmt: skip
+        return bool(self.fp8.diverged) or (self.fp8.is_finished and self.bf16.is_finished)
+
+
+def run(pair: Pair, threshold: float, window: int | None = None, processes: int | None = None, retries: int = 2,
+        pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
+    """Trains what is left, and judges. The exit code: that of `verdict`, or 130: interrupted.
 
     pretrain: the command before a run's words. ValueError: there is no verdict, and why.
     """
-    keep(asked.text, folder / "config.toml")
-    fp8, bf16 = (Task(run_of(name, folder, asked)) for name in ("fp8", "bf16"))
-    bf16.after = fp8
-    if train([fp8, bf16], folder, 1, processes, retries, pretrain) == INTERRUPTED:
-        return INTERRUPTED
-    diverged = fp8.state == "failed" and fp8.code == NAN
-    for task in () if diverged else (fp8, bf16):
-        if task.state == "failed":
-            raise ValueError(f"no verdict, since the {task.run.name} run failed: {task.reason}; see {task.run.log}")
-    found = judge(fp8.run.folder, bf16.run.folder, threshold, window, diverged)
-    verdict = _verdict(found)
-    write_text(folder / "gate.json", json.dumps(_numbers(found, verdict, asked), indent=1) + "\n")
-    gate_plot.draw(found, folder / "gate.png")
-    print(words.lines(f"FP8 gate: {'PASS' if found.passed else 'FAIL'}", _told(found, verdict, bf16)))
-    print(f"wrote {folder / 'gate.json'} and gate.png")
+    if not pair.has_ended():
+        fp8 = Task(pair.fp8)
+        bf16 = Task(pair.bf16, after=fp8)
+        if train([fp8, bf16], pair.folder, 1, processes, retries, pretrain) == INTERRUPTED:
+            return INTERRUPTED
+        for task in () if pair.fp8.diverged else (fp8, bf16):
+            if task.state == "failed":
+                raise ValueError(f"no verdict, since the {task.run.name} run failed: {task.reason}; see {task.run.log}")
+    return verdict(pair, threshold, window)
+
+
+def submit(pair: Pair, threshold: float, window: int | None = None, per_node: int | None = None,
+           options: str = "") -> int:  # fmt: skip
+    """Submits what is left to SLURM, or judges. The exit code: that of `verdict`, or 75: the runs have not ended."""
+    title, array = pair.folder.resolve().name, slurm.Array(ARRAY, (pair.fp8, pair.bf16))
+    if pair.has_ended() or not slurm.submit_arrays(title, [array], pair.folder, per_node, options=options):
+        return verdict(pair, threshold, window)
+    print("no verdict yet: the same command tells how far the runs are, and judges when both have ended")
+    return SAVED
+
+
+def verdict(pair: Pair, threshold: float, window: int | None = None) -> int:
+    """Of runs that have ended: written, drawn and told. The exit code: 0: FP8 passes; 1: it does not."""
+    found = judge(pair.fp8.folder, pair.bf16.folder, threshold, window, bool(pair.fp8.diverged))
+    sentence = _verdict(found)
+    write_text(pair.folder / "gate.json", json.dumps(_numbers(found, sentence, pair.asked), indent=1) + "\n")
+    gate_plot.draw(found, pair.folder / "gate.png")
+    print(words.lines(f"FP8 gate: {'PASS' if found.passed else 'FAIL'}", _told(found, sentence, pair)))
+    print(f"wrote {pair.folder / 'gate.json'} and gate.png")
     return 0 if found.passed else 1
 
 
@@ -73,19 +105,20 @@ def asked_for(config: Path, sets: list[str], outside: Outside) -> Asked:
     return outside.asked(config, [*sets, *intervals])
 
 
-def keep(text: str, path: Path) -> None:
-    """What is trained lies beside the runs, so that a later command cannot go on with something else."""
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path.parent} has runs of another config than this: choose another --out, or delete it "
+def pair_of(asked: Asked, folder: Path) -> Pair:
+    """What is trained then lies beside the runs, so that a later command cannot go on with something else."""
+    path = folder / "config.toml"
+    if path.exists() and path.read_text(encoding="utf-8") != asked.text:
+        raise ValueError(f"{folder} has runs of another config than this: choose another --out, or delete it "
                          f"(theirs: {path})")  # fmt: skip
-    write_text(path, text)
+    write_text(path, asked.text)
 
+    def run_of(name: str, *twin: str) -> Run:
+        save = str(folder / name)
+        given = (str(path), "--quiet", "--save", save, "--load", save, *twin)
+        return Run(name=name, folder=folder / name, words=given, log=folder / "logs" / f"{name}.log", last=asked.steps)
 
-def run_of(name: str, folder: Path, asked: Asked) -> Run:
-    save = str(folder / name)
-    twin = ("--set", "fp8.enabled=false") if name == "bf16" else ()
-    given = (str(folder / "config.toml"), "--quiet", "--save", save, "--load", save, *twin)
-    return Run(name=name, folder=folder / name, words=given, log=folder / "logs" / f"{name}.log", last=asked.steps)
+    return Pair(folder, asked, run_of("fp8"), run_of("bf16", "--set", "fp8.enabled=false"))
 
 
 # -- told -------------------------------------------------------------------------------------------------------------
@@ -105,11 +138,15 @@ def _verdict(gate: Gate) -> str:
     return f"{told}; not settled, {why}: train longer, or choose a longer --window"
 
 
-def _told(gate: Gate, verdict: str, bf16: Task) -> list[tuple[str, str]]:
+def _told(gate: Gate, verdict: str, pair: Pair) -> list[tuple[str, str]]:
     told = [("verdict", verdict)]
-    if bf16.state != "finished":
-        command = shlex.join(["xact", "pretrain", *bf16.run.words])
-        told.append(("BF16", f"was not trained; whether it diverges by itself tells {command}"))
+    if not pair.bf16.is_finished:
+        job = slurm.under_way(pair.folder).get((ARRAY, 2))
+        by_hand = shlex.join(["xact", "pretrain", *pair.bf16.words])
+        how = f"this command once job {job.task} has ended" if job else by_hand
+        told.append(("BF16", f"was not trained to its end; whether it diverges by itself tells {how}"))
+    if pair.fp8.diverged:
+        told.append(("again", f"to train FP8 again, delete {pair.fp8.folder}"))
     if gate.validation_gap is not None:
         told.append(("validation", f"FP8 - BF16 = {gate.validation_gap:+.4f} nat at the end"))
     if gate.passed:

@@ -31,13 +31,17 @@ class Asked:
     save_interval: int | None  # steps
 
 
+Layer = tuple[Path | str, dict[str, dict[str, object]]]
+"""Tables over a config, and the place that messages name: a file, whose table is named too, or what is to be said."""
+
+
 @dataclass(frozen=True)
 class Outside:
     values: Callable
     """f(x) of an activation, (name, effective parameters, x) -> values, for the report's picture of it."""
-    model: Callable[[Path, list[str]], Model]
-    """Of a config file with overrides (TABLE.KEY=VALUE in TOML). ValueError, OSError: why it cannot be trained."""
-    speed: Callable[[Path, list[str], str, int], float]
+    model: Callable[[Path, list[Layer]], Model]
+    """Of a config file with layers over it. ValueError, OSError: why it cannot be trained."""
+    speed: Callable[[Path, list[Layer], str, int], float]
     """Tokens per second that `xact plan` expects of that on so many GPUs of a kind."""
     asked: Callable[[Path, list[str]], Asked]
-    """Of a config file with overrides, as `model`."""
+    """Of a config file with overrides (TABLE.KEY=VALUE in TOML). ValueError, OSError: why it cannot be trained."""

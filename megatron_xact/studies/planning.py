@@ -41,32 +41,16 @@ def make(study: Study, outside: Outside) -> Plan:
         micro = _find(study, "micro-batch-size")
         provisional = {"train-iters": 4, "lr-warmup-iters": 1, "lr-wsd-decay-iters": 1, "lr-decay-style": "WSD"}
         batch = {} if micro is None else {"global-batch-size": micro}
-        tables = {"schedule": provisional | batch, "optimizer": {"lr": 1e-3}, "activation": {"name": activation}}
-        overrides = words(_merge(study.tables, {"model": _sizes(size, size.ffn)}, tables))
-        try:
-            return outside.model(study.base, overrides)
-        except ValueError as error:
-            raise ValueError(_in_study(str(error), study, activation, overrides)) from None
+        tables = {"schedule": provisional | batch, "optimizer": {"lr": 1e-3}, "model": _sizes(size, size.ffn)}
+        # The activation first, since it decides the other keys of its table.
+        named = (f"{study.source} [study]: activations", {"activation": {"name": activation}})
+        return outside.model(study.base, [named, (study.source, study.tables), ("the plan", tables)])
 
     trunks = tuple(build(study.recipe, model_of))
     plan = Plan(study.source.stem, trunks)
     # The largest config once for good: whatever the trainer refuses is told before anything is written.
-    outside.model(study.base, words(config_of(study, trunks[-1], Path("runs"))))
+    outside.model(study.base, [(study.source, config_of(study, trunks[-1], Path("runs")))])
     return plan
-
-
-def _in_study(message: str, study: Study, activation: str, overrides: Sequence[str]) -> str:
-    """What the trainer says is wrong with a config, at the place where the author of the study has written it.
-
-    The trainer got the study's tables as --set, and looks for activations in the base.
-    """
-    for word in overrides:
-        message = message.replace(f"--set {word}", str(study.source))
-    if f"unknown activation {activation!r}" in message:
-        return message.replace(f"{study.base} [activation]", f"{study.source} [study]: activations")
-    if "activation" in study.tables:
-        return message.replace(f"{study.base} [activation]", f"{study.source} [activation]")
-    return message
 
 
 def _find(study: Study, key: str) -> object:
@@ -111,12 +95,6 @@ def config_of(study: Study, trunk: Trunk, folder: Path) -> dict[str, dict]:
         "xact": {"keep-checkpoints": 1, "keep-every": trunk.interval if len(trunk.budgets) > 1 else 0},
     }
     return _merge(study.tables, decided)
-
-
-def words(tables: dict[str, dict]) -> list[str]:
-    """As overrides of a config: TABLE.KEY=VALUE. The activation's name first, since it decides the other keys."""
-    pairs = [(t, k, v) for t, entries in tables.items() for k, v in entries.items()]
-    return [f"{t}.{k}={_toml(v)}" for t, k, v in sorted(pairs, key=lambda p: p[:2] != ("activation", "name"))]
 
 
 def files(study: Study, plan: Plan, folder: Path) -> dict[Path, str]:

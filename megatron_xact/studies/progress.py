@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_xact.studies.state import Run
+
 if TYPE_CHECKING:
     from megatron_xact.studies.running import Task
 
@@ -59,12 +61,7 @@ class Display:
     def _rows(self) -> list[str]:
         running = [t for t in self.tasks if t.state == "running"]
         width = max((len(t.run.name) for t in running), default=0)
-        rows = []
-        for t in running:
-            share = t.run.done / t.run.steps
-            bar = "#" * int(20 * share)
-            rows.append(f"  {t.run.name:{width}}  [{bar:20}] {share:4.0%} of {t.run.steps:,} steps")
-        return [*rows, f"  {self._summary()}"]
+        return [*(row(t.run, width) for t in running), f"  {self._summary()}"]
 
     def _summary(self) -> str:
         count = {s: sum(t.state == s for t in self.tasks) for s in ("finished", "running", "waiting", "failed")}
@@ -87,6 +84,18 @@ class Display:
 
 def _whole(task: Task) -> float:
     return task.run.work * task.run.steps
+
+
+def row(run: Run, width: int) -> str:
+    """How far a run is, in one line; width: of its name."""
+    share = run.done / run.steps
+    return f"  {run.name:{width}}  [{'#' * int(20 * share):20}] {share:4.0%} of {run.steps:,} steps"
+
+
+def listed(words: Sequence[str], between: str = ", ") -> str:
+    """The first few."""
+    more = f" and {len(words) - 4} more" if len(words) > 4 else ""
+    return between.join(words[:4]) + more
 
 
 def duration(seconds: float) -> str:

@@ -8,21 +8,20 @@ is NaN, would fail again and is not. Ctrl-C and SIGTERM let the runs save and en
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
+from megatron_xact.studies import slurm
 from megatron_xact.studies.ladder import cells
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.progress import Display
-from megatron_xact.studies.state import Run, run_of
+from megatron_xact.studies.state import Run, alone, last_word, run_of
 
 PRETRAIN = (sys.executable, "-m", "megatron_xact", "pretrain")
 # Exit codes of pretraining/exits.py.
@@ -65,7 +64,11 @@ def train(tasks: Sequence[Task], folder: Path, jobs: int = 1, processes: int | N
 
     processes: of each run; None: what its config needs. pretrain: the command before a run's words.
     """
-    with _alone(folder):
+    with alone(folder):
+        if jobs_there := slurm.under_way(folder):
+            first = next(iter(jobs_there.values()))
+            raise ValueError(f"SLURM has {len(jobs_there)} run(s) of {folder} queued or at work, job {first.task} for "
+                             "one: --slurm tells how far they are, and scancel ends them")  # fmt: skip
         return _Runs(tasks, folder, jobs, processes, retries, pretrain).run()
 
 
@@ -94,16 +97,6 @@ def gpus_of(slot: int, all_gpus: Sequence[str], jobs: int, processes: int | None
     if count > len(all_gpus):
         raise ValueError(f"--nproc-per-node {count} is more than the {len(all_gpus)} GPUs of this machine")
     return [all_gpus[(slot * count + i) % len(all_gpus)] for i in range(count)]
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with open(folder / ".running", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another `xact study` is at work in {folder}") from None
-        yield
 
 
 class _Runs:
@@ -181,8 +174,7 @@ class _Runs:
             task.state = "finished"
             self.display.say(task, "finished")
             return
-        with open(task.run.log, "rb") as log:
-            task.reason = _reason(code, log)
+        task.reason = _reason(code, task.run.log)
         if self.asked is not None or (code not in HOPELESS and task.attempts <= self.retries):
             task.state = "waiting"
         else:
@@ -221,15 +213,12 @@ def _kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _reason(code: int, log: IO[bytes]) -> str:
+def _reason(code: int, log: Path) -> str:
     """The run's own last word, if it has one."""
     if code == 0:
         return "ended without having reached its last step"
     if code == SAVED:
         return "saved after a signal"
-    log.seek(0, 2)
-    log.seek(max(0, log.tell() - 4096))
-    lines = log.read().decode(errors="replace").splitlines()
-    told = next((line for line in reversed(lines) if line.startswith("xact: ")), None)
+    told = last_word(log)
     what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{what}: {told.removeprefix('xact: ')}" if told and code > 0 else what

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_xact.pretraining.planning.counts import flops_per_token
@@ -33,24 +38,35 @@ class Run:
     @property
     def done(self) -> int:
         """Of `steps`, how many are trained, by what it has told last."""
-        try:
-            with open(self.folder / "progress.jsonl", "rb") as file:
-                file.seek(0, 2)
-                file.seek(max(0, file.tell() - 4096))
-                lines = file.read().splitlines()
-        except OSError:
-            lines = []
-        for line in reversed(lines):
-            try:
-                return min(int(json.loads(line)["step"]), self.last) - self.first
-            except (ValueError, KeyError, TypeError):
-                continue
-        return 0
+        told = self._told("progress.jsonl", "step")
+        return min(int(told[-1]["step"]), self.last) - self.first if told else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of its last records; the median, since evaluations and restarts lie between some of them."""
+        pairs = pairwise(self._told("progress.jsonl", "step", "time"))
+        paces = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairs if b["step"] > a["step"]]
+        return statistics.median(paces) * (self.steps - self.done) if paces else None
 
     @property
     def is_finished(self) -> bool:
         """Written at a run's end, also of one that was asked to end early: so the step counts too."""
         return report_of(self.folder).get("step") == self.last
+
+    @property
+    def diverged(self) -> str:
+        """What ended it for good, where that was a loss or gradient that is not finite; "" where it was not."""
+        told = self._told("failures.jsonl", "kind", "reason", "decision")
+        ended = told and not self.is_finished and not told[-1]["decision"].startswith("restart")
+        return told[-1]["reason"] if ended and told[-1]["kind"] == "nan" else ""
+
+    def _told(self, file: str, *keys: str) -> list[dict]:
+        """The last records of a file of the run that have these keys; some lines may be broken."""
+        records = []
+        for line in _tail(self.folder / file):
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return [r for r in records if isinstance(r, dict) and all(r.get(key) is not None for key in keys)]
 
 
 def run_of(cell: Cell, study: Path) -> Run:
@@ -61,6 +77,32 @@ def run_of(cell: Cell, study: Path) -> Run:
         first=cell.budget.leaves if cell.is_branch else 0,
         work=flops_per_token(cell.trunk.shape) * cell.trunk.batch,
     )  # fmt: skip
+
+
+def last_word(log: Path, speakers: tuple[str, ...] = ("xact: ",)) -> str:
+    """The last line of a log by one of these; "": there is none."""
+    return next((line for line in reversed(_tail(log)) if line.startswith(speakers)), "")
+
+
+def _tail(file: Path) -> list[str]:
+    try:
+        with open(file, "rb") as content:
+            content.seek(0, 2)
+            content.seek(max(0, content.tell() - 4096))
+            return content.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """ValueError: another command starts or submits runs of this folder."""
+    with open(folder / ".running", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another `xact study` is at work in {folder}") from None
+        yield
 
 
 def report_of(folder: Path) -> dict:

@@ -1,14 +1,20 @@
-"""launch/slurm.sbatch on a real SLURM cluster of two nodes: a killed rank, the signal before a time limit, an array."""
+"""launch/slurm.sbatch on a real SLURM cluster of two nodes: a killed rank, the signal before a time limit, an array.
+
+And `xact study fp8-gate --slurm`, whose two jobs go through it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from cluster import ROOT, Cluster, why_not
 from training import MARKS, STEPS, TP2, Trainings, trainings
+
+from megatron_xact import cli
 
 pytestmark = [*MARKS, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 DP2 = ("--use-distributed-optimizer",)
@@ -93,3 +99,34 @@ def test_a_cancelled_job_does_not_come_back(cluster, runs, tmp_path):
     said = cluster.output(job)
     assert json.loads((run / "requeue").read_text()) == {"signal": "SIGTERM", "step": 4}, said[-3000:]
     assert "requeued" not in said
+
+
+def test_an_fp8_gate_is_submitted_told_of_and_judged(cluster, runs, tmp_path, monkeypatch, capfd):
+    """The same command again and again; of two jobs side by side, one is cancelled and submitted again."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "gate"
+
+    def gate() -> tuple[int, str]:
+        words = ["study", "fp8-gate", str(runs.config), "--out", str(out), "--set", "xact.mlp=fp8", "--threshold", "1"]
+        code = cli.main([*words, "--slurm", "--sbatch-options=--time=10"])
+        return code, capfd.readouterr().out
+
+    code, told = gate()
+    job = re.match(r"gate-pair: job (\d+), 2 runs\n", told)[1]
+    cluster.cancel(f"{job}_2")
+    cluster.until(lambda: f"{job}_2" not in cluster.queue(), 60.0)
+    again, told = gate()
+    other = re.search(r"gate-pair: job (\d+), 1 run\n", told)[1]
+    assert code == again == 75 and int(other) > int(job) and "1 ended early" in told
+    while_there, told = gate()
+    assert while_there == 75 and "submitted" not in told and told.count("job") == 2
+    ended = [cluster.wait(task, 300.0) for task in (f"{job}_1", f"{other}_2")]
+    assert [e["JobState"] for e in ended] == ["COMPLETED", "COMPLETED"], cluster.output(f"{other}_2")[-3000:]
+    code, told = gate()
+    assert code == 0 and "FP8 gate: PASS" in told
+    fp8, bf16 = losses(out / "fp8"), losses(out / "bf16")
+    assert set(fp8) == set(bf16) == set(range(1, STEPS + 1)) and 0 < abs(fp8[1] - bf16[1]) < 0.02
+    gap = sum(fp8[s] - bf16[s] for s in range(STEPS - 9, STEPS + 1)) / 10  # of twelve records, in five stretches
+    assert json.loads((out / "gate.json").read_text())["gap"]["value"] == pytest.approx(gap, abs=1e-5)

@@ -71,6 +71,9 @@ if todo == "wait":
     (save / "waiting").touch()
     time.sleep(60)
 if todo:
+    if todo == 76:
+        failure = {"kind": "nan", "reason": "a planned NaN", "decision": "stopped"}
+        (save / "failures.jsonl").write_text(json.dumps(failure) + "\\n")
     print("xact: error: that was planned", file=sys.stderr)
     sys.exit(todo)
 (save / "progress.jsonl").write_text(json.dumps({"step": steps, "loss": 3.0}) + "\\n")

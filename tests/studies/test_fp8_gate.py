@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def planted(folder: Path, gap: float, *, sd: float = 0.002, phi: float = 0.5, st
 
 def judged(folder: Path, capsys, threshold: float = 0.01, window: int | None = None) -> tuple[int, dict, str]:
     """Exit code, gate.json and what was printed; nothing is trained."""
-    code = fp8_gate.run(asked(), folder, threshold, window, pretrain=["false"])
+    code = fp8_gate.run(fp8_gate.pair_of(asked(), folder), threshold, window, pretrain=["false"])
     return code, json.loads((folder / "gate.json").read_text()), capsys.readouterr().out
 
 
@@ -179,7 +180,8 @@ def test_records_from_before_there_were_fp8_statistics(tmp_path, capsys):
 def trained(folder: Path, behaviour: dict, **settings) -> int:
     """With runs that only keep their promises about files, in a folder without records."""
     folder.mkdir(exist_ok=True)
-    return fp8_gate.run(asked(20), folder, 0.01, pretrain=stand_in(folder, behaviour), **settings)
+    pair = fp8_gate.pair_of(asked(20), folder)
+    return fp8_gate.run(pair, 0.01, pretrain=stand_in(folder, behaviour), **settings)
 
 
 def test_fp8_first_and_nothing_twice(tmp_path, capsys):
@@ -198,9 +200,19 @@ def test_a_diverged_fp8_run_fails_without_a_bf16_run(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "FP8 diverged: its loss or gradient is NaN or infinite after step 7" in told
     assert f"by itself tells xact pretrain {tmp_path}/config.toml" in told and "fp8.enabled=false" in told
+    assert trained(tmp_path, {}) == 1  # looked at again
+    assert started(tmp_path) == ["fp8"] and f"to train FP8 again, delete {tmp_path}/fp8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, codes, count", [("fp8", [2], 1), ("fp8", [1, 1], 2), ("bf16", [76], 2)])
+def test_a_bf16_run_that_diverges_is_not_trained_again(tmp_path):
+    with pytest.raises(ValueError, match="no verdict, since the bf16 run failed: exit code 76"):
+        trained(tmp_path, {"bf16": [76]})
+    with pytest.raises(ValueError, match="BF16 diverges by itself: a planned NaN; to train it again, delete .*/bf16"):
+        trained(tmp_path, {})
+    assert started(tmp_path) == ["fp8", "bf16"]
+
+
+@pytest.mark.parametrize("name, codes, count", [("fp8", [2], 1), ("fp8", [1, 1], 2), ("bf16", [2], 2)])
 def test_no_verdict_where_a_run_fails_for_another_reason(tmp_path, name, codes, count):
     with pytest.raises(ValueError, match=f"no verdict, since the {name} run failed: exit code {codes[0]}: error: that"):
         trained(tmp_path, {name: codes}, retries=1)
@@ -211,7 +223,7 @@ def test_no_verdict_where_a_run_fails_for_another_reason(tmp_path, name, codes, 
 def test_another_config_is_not_trained_into_the_same_folder(tmp_path):
     trained(tmp_path, {})
     with pytest.raises(ValueError, match="has runs of another config than this: choose another --out"):
-        fp8_gate.run(asked(30), tmp_path, 0.01)
+        fp8_gate.pair_of(asked(30), tmp_path)
 
 
 def test_intervals_are_short_enough_to_judge_by():
@@ -228,6 +240,74 @@ def test_intervals_are_short_enough_to_judge_by():
     assert sets_for(steps=10_000, log_interval=10, statistics_interval=100) == intervals(10, 100)
     assert sets_for(steps=40, save_interval=None) == [*intervals(1, 2), "checkpoint.save-interval=40"]
     assert sets_for(steps=12, log_interval=100, statistics_interval=100) == intervals(1, 1)
+
+
+# -- as jobs ----------------------------------------------------------------------------------------------------------
+
+
+def submitted(folder: Path, **settings) -> int:
+    return fp8_gate.submit(fp8_gate.pair_of(asked(), folder), 0.01, **settings)
+
+
+def test_the_pair_is_submitted_once_told_of_and_judged(tmp_path, jobs, capfd):
+    out = tmp_path / "gate"
+    assert submitted(out, per_node=8, options="--nodes=2 --time=1:00:00") == 75
+    assert jobs.submitted() == [
+        f"--parsable --array=1-2 --job-name=gate-pair --output={out}/logs/%x-%A_%a.out --nodes=2 --time=1:00:00 "
+        f"launch/slurm.sbatch --nproc-per-node 8 --runs {out}/slurm/pair.txt"
+    ]
+    fp8, bf16 = (shlex.split(line) for line in (out / "slurm/pair.txt").read_text().splitlines())
+    assert bf16[-2:] == ["--set", "fp8.enabled=false"] and bf16[0] == fp8[0] == str(out / "config.toml")
+    assert fp8[fp8.index("--save") + 1] == fp8[fp8.index("--load") + 1] == str(out / "fp8") != bf16[3]
+    told = capfd.readouterr().out.splitlines()
+    assert told[0] == "gate-pair: job 41, 2 runs" and "no verdict yet: the same command tells how far" in told[1]
+    assert len(told) == 2
+
+    # While they are there, nothing more is submitted, nor trained here.
+    jobs.there("41 1 RUNNING None", "41 2 PENDING Resources")
+    assert submitted(out) == 75
+    told = capfd.readouterr().out.splitlines()
+    assert told[0].split() == f"fp8 [ ] 0% of {STEPS:,} steps, ETA not known yet; job 41_1".split()
+    assert told[1:3] == ["  pending (Resources): bf16, job 41_2", "gate: 0 of 2 runs finished, 1 running, 1 queued"]
+    with pytest.raises(ValueError, match="SLURM has 2 run.s. of .* queued or at work, job 41_1"):
+        judged(out, capfd)
+    assert len(jobs.submitted()) == 1
+
+    # One is finished, the other has failed and goes again; then both are finished, and judged without a job.
+    planted(out, 0.003)
+    (out / "bf16/report.json").unlink()
+    (out / "logs/gate-pair-41_2.out").write_text("slurm.sbatch: error: no .venv/bin/python\n")
+    jobs.there()
+    assert submitted(out) == 75
+    told = capfd.readouterr().out.splitlines()
+    assert told[0].strip() == f"bf16, job 41_2: slurm.sbatch: error: no .venv/bin/python; {out}/logs/gate-pair-41_2.out"
+    assert told[1:3] == ["gate: 1 of 2 runs finished, 1 ended early", "gate-pair: job 42, 1 run"]
+    assert "--array=2 " in jobs.submitted()[1]
+    planted(out, 0.003)
+    for _ in range(2):
+        assert submitted(out) == 0 and "FP8 gate: PASS" in capfd.readouterr().out
+    assert judged(out, capfd)[0] == 0 and len(jobs.submitted()) == 2
+
+
+def test_diverged_jobs_are_not_submitted_again(tmp_path, jobs, capfd):
+    assert submitted(tmp_path) == 75
+    planted(tmp_path, 0.0, steps=7)
+    jobs.there("41 2 RUNNING None")
+    restarted = {"kind": "nan", "reason": "not finite", "decision": "restart 1 of 3 from step 4"}
+    given_up = restarted | {"decision": "stopped (on-nan = \"stop\")"}
+    failures = tmp_path / "fp8/failures.jsonl"
+    failures.write_text(json.dumps(restarted) + "\n")
+    assert submitted(tmp_path) == 75 and "--array=1 " in jobs.submitted()[1]
+    jobs.there("41 2 RUNNING None")
+    failures.write_text(json.dumps(restarted) + "\n" + json.dumps(given_up) + "\n")
+    capfd.readouterr()
+    assert submitted(tmp_path) == 1
+    told = capfd.readouterr().out
+    assert "FP8 diverged" in told and "by itself tells this command once job 41_2 has ended" in told
+    (tmp_path / "bf16/failures.jsonl").write_text(json.dumps(given_up) + "\n")
+    with pytest.raises(ValueError, match="no verdict, since BF16 diverges by itself: not finite; to train it again"):
+        submitted(tmp_path)
+    assert len(jobs.submitted()) == 2
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -289,14 +369,14 @@ def test_a_pair_that_trains(tmp_path, tmp_path_factory, capsys):
     outside = Outside(None, None, None, cli._asked_for)
     found = fp8_gate.asked_for(tmp_path / "tiny.toml", sets, outside)
     assert (found.steps, found.log_interval, found.statistics_interval, found.save_interval) == (24, 1, 1, 24)
-    fp8_gate.keep(found.text, out / "config.toml")
+    pair = fp8_gate.pair_of(found, out)
     server = warm(tmp_path_factory.getbasetemp())
-    for name in ("fp8", "bf16"):
-        server.run(*fp8_gate.run_of(name, out, found).words, "--data-cache-path", str(tmp_path / "cache"))
+    for run in (pair.fp8, pair.bf16):
+        server.run(*run.words, "--data-cache-path", str(tmp_path / "cache"))
     words = ["study", "fp8-gate", str(tmp_path / "tiny.toml"), "--out", str(out), "--set", *sets]
     assert cli.main([*words, "--threshold", "0.5"]) == 0
     told = capsys.readouterr()
-    assert "FP8 gate: PASS" in told.out and "2 runs, 2 of them finished before" in told.err
+    assert "FP8 gate: PASS" in told.out and told.err == ""
     records = [map(json.loads, (out / name / "progress.jsonl").open()) for name in ("fp8", "bf16")]
     fp8, bf16 = ({r["step"]: r["loss"] for r in run} for run in records)
     # One start: the first losses differ by what FP8 does to the products, and by nothing else.

@@ -250,11 +250,18 @@ def test_the_gpu_example_and_what_the_trainer_refuses(tmp_path, capsys):
     assert cli.main(["study", "plan", str(small), "--out", str(tmp_path / "small"), "--gpu", "h100"]) == 0
     assert "1 x h100" in capsys.readouterr().out
     text = small.read_text().replace("../small", str(ROOT / "configs/small"))
+    broken = f'base = "{ROOT}/configs/small/base.toml"\n[activation]\nname = "xielu"\nbeta = "half"\n'
+    (tmp_path / "base.toml").write_text(broken)
     for old, new, said in (
         ("use-distributed-optimizer = true", "", "bf16 with a trainable activation needs"),
         ('"xiprelu"]', '"xiprelo"]', f"xiprelu or xielu or xelu? ({tmp_path}/s.toml [study]: activations)"),
         ("bf16 = true", "bf17 = true", f"unknown argument 'bf17'; nearest: 'bf16' ({tmp_path}/s.toml [runtime])"),
         ("[parallel]", "[activation]\nalpha_p = 0.7\n[parallel]", f"'alpha_p', only: none ({tmp_path}/s.toml [activa"),
+        (
+            f'base = "{ROOT}/configs/small/base.toml"',
+            f'base = "{tmp_path}/base.toml"\n[activation]\nlr-mult = 2',
+            f"beta = 'half' ({tmp_path}/base.toml [activation]): expected a number",
+        ),
     ):
         (tmp_path / "s.toml").write_text(text.replace(old, new))
         assert cli.main(["study", "plan", str(tmp_path / "s.toml"), "--out", str(tmp_path / "no")]) == 2

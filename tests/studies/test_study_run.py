@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -147,35 +149,18 @@ def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
 
 # -- job arrays -------------------------------------------------------------------------------------------------------
 
-SBATCH = """#!/bin/bash
-printf '%s\\n' "$*" >>"$SBATCH_LOG"
-echo "$((40 + $(wc -l <"$SBATCH_LOG")));cluster"
-"""
-
-
-@pytest.fixture
-def sbatch(tmp_path, monkeypatch):
-    """A program of that name which notes its words and gives job ids 41, 42, ..."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log"))
-    monkeypatch.chdir(ROOT)
-    return tmp_path / "log"
-
-
-def test_arrays_follow_their_trunks_and_shrink(tmp_path, sbatch):
+def test_arrays_follow_their_trunks_and_shrink(tmp_path, jobs):
     folder = tmp_path / "study"
     study = plan(folder, **ONE | {"seeds": (1, 2), "tokens_per_parameter": (5, 10, 20)})  # 4 trunks, 8 cooldowns
-    assert slurm.submit(study, folder, 8, 3, "--time=1:00:00") == 0
+    slurm.submit(study, folder, 8, 3, "--time=1:00:00")
     lists = folder / "slurm"
+    out = f"--output={folder}/logs/%x-%A_%a.out"
     tail = f"launch/slurm.sbatch --nproc-per-node 8 --runs {lists}"
     wait = "--dependency=aftercorr:41 --kill-on-invalid-dep=yes"
-    assert sbatch.read_text().splitlines() == [
-        f"--parsable --array=1-4%3 --job-name=test-trunks --time=1:00:00 {tail}/trunks.txt",
-        f"--parsable --array=1-4%3 --job-name=test-budget1 --time=1:00:00 {wait} {tail}/budget1.txt",
-        f"--parsable --array=1-4%3 --job-name=test-budget2 --time=1:00:00 {wait} {tail}/budget2.txt",
+    assert jobs.submitted() == [
+        f"--parsable --array=1-4%3 --job-name=test-trunks {out} --time=1:00:00 {tail}/trunks.txt",
+        f"--parsable --array=1-4%3 --job-name=test-budget1 {out} --time=1:00:00 {wait} {tail}/budget1.txt",
+        f"--parsable --array=1-4%3 --job-name=test-budget2 {out} --time=1:00:00 {wait} {tail}/budget2.txt",
     ]
     # Line k of every list is a run of trunk k, in words that `xact pretrain` takes.
     for name in ("trunks", "budget1", "budget2"):
@@ -185,28 +170,82 @@ def test_arrays_follow_their_trunks_and_shrink(tmp_path, sbatch):
             args = cli.parse(["pretrain", *words])
             assert (args.branch_from is None) == (name == "trunks") and "--save" in args.overrides
 
-    # One trunk and another one's first cooldown are there: what is left, and waits only for what is not finished.
+    # None is there any more. One trunk and another one's first cooldown have finished: what is left is submitted.
     finish(folder / "runs" / study.trunks[1].name, study.trunks[1].budgets[-1].steps)
     first = next(c for c in cells(study.trunks) if c.is_branch and c.trunk is study.trunks[1])
     finish(folder / first.folder, first.budget.steps)
-    sbatch.unlink()
-    assert slurm.submit(study, folder, None, 1, "") == 0
-    told = [line.split(" launch/")[0] for line in sbatch.read_text().splitlines()]
-    assert told == [
+    slurm.submit(study, folder, None, 1, "")
+    wait = "--dependency=aftercorr:44 --kill-on-invalid-dep=yes"
+    assert [line.replace(f" {out}", "").split(" launch/")[0] for line in jobs.submitted()[3:]] == [
         "--parsable --array=1,3-4 --job-name=test-trunks",
         f"--parsable --array=1,3-4 --job-name=test-budget1 {wait}",
         f"--parsable --array=1,3-4 --job-name=test-budget2 {wait}",
-        "--parsable --array=2 --job-name=test-budget2-ready",
+        "--parsable --array=2 --job-name=test-budget2",
     ]
     for cell in cells(study.trunks):
         finish(folder / cell.folder, cell.budget.steps)
-    assert slurm.script(study, folder, None, 1, "") is None
+    slurm.submit(study, folder, None, 1, "")
+    assert len(jobs.submitted()) == 7
+
+
+def test_what_is_queued_or_running_is_told_and_not_submitted_again(tmp_path, jobs, capfd):
+    study = plan(tmp_path, **ONE | {"seeds": (1, 2)})  # 4 trunks, 4 cooldowns
+    slurm.submit(study, tmp_path, None, 1, "")
+    told = capfd.readouterr().out
+    assert told == "test-trunks: job 41, 4 runs\ntest-budget1: job 42, 4 runs\n"
+    # Trunk 1 has finished, 2 is at work, 3 waits, 4 has failed; their cooldowns: queued, cancelled, queued, gone.
+    jobs.there("41 2 RUNNING None", "41 3 PENDING Resources", "42 1 PENDING Priority", "42 3 PENDING Dependency")
+    trunks = [tmp_path / "runs" / t.name for t in study.trunks]
+    steps = study.trunks[0].budgets[-1].steps
+    finish(trunks[0], steps)
+    trunks[1].mkdir(parents=True)
+    records = [{"step": s, "time": 1e9 + 10 * s + (3600 if s > 4 else 0)} for s in range(1, 11)]  # an hour lay between
+    (trunks[1] / "progress.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    log = tmp_path / "logs/test-trunks-41_4.out"
+    log.write_text("xact: error: rank 0 on n1, after step 5: it was planned; stopped\nsome more\n")
+    with pytest.raises(ValueError, match="SLURM has 4 run.s. of .* queued or at work, job 41_2 for one: --slurm tells"):
+        run(study, tmp_path)
+    slurm.submit(study, tmp_path, None, 1, "")
+    lines = capfd.readouterr().out.splitlines()
+    left = timedelta(seconds=10 * (steps - 10))
+    assert lines[0].strip().startswith(f"{study.trunks[1].name} at ") and lines[0].endswith(
+        f"{10 / steps:4.0%} of {steps:,} steps, ETA {left}; job 41_2"
+    )
+    assert "job 41_4: error: rank 0 on n1, after step 5: it was planned; stopped; " in lines[1] and str(log) in lines[1]
+    assert [line.split(":")[0].strip() for line in lines[2:5]] == [
+        "pending (Resources)", "pending (Priority)", "pending (Dependency)"
+    ]  # fmt: skip
+    assert lines[5:] == [
+        "test: 1 of 8 runs finished, 1 running, 3 queued, 3 ended early",
+        "test-trunks: job 43, 1 run", "test-budget1: job 44, 1 run", "test-budget1: job 45, 1 run",
+    ]  # fmt: skip
+    again = [line.split(" launch/")[0] for line in jobs.submitted()[2:]]
+    assert [re.search(r"--array=\S+", line)[0] for line in again] == ["--array=4", "--array=2", "--array=4"]
+    assert [re.findall(r"aftercorr:(\d+)", line) for line in again] == [[], ["41"], ["43"]]
+    jobs.there("41 2 RUNNING None", "41 3 PENDING Resources", "42 1 PENDING Priority", "42 3 PENDING Dependency",
+               "43 4 RUNNING None", "44 2 PENDING Dependency", "45 4 PENDING Dependency")  # fmt: skip
+    slurm.submit(study, tmp_path, None, 1, "")
+    assert len(jobs.submitted()) == 5
+    assert capfd.readouterr().out.endswith("test: 1 of 8 runs finished, 2 running, 5 queued\n")
+
+
+def test_nothing_is_submitted_while_squeue_does_not_answer_or_sbatch_refuses(tmp_path, jobs):
+    study = plan(tmp_path, **ONE)
+    jobs.fail("sbatch", "sbatch: error: invalid partition")
+    with pytest.raises(ValueError, match="sbatch refused a job of .*submit.sh, see above"):
+        slurm.submit(study, tmp_path, None, 1, "")
+    jobs.work("sbatch")
+    slurm.submit(study, tmp_path, None, 1, "")
+    jobs.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    with pytest.raises(ValueError, match="squeue does not tell whether runs .* none is started: .* Unable to contact"):
+        slurm.submit(study, tmp_path, None, 1, "")
+    assert len(jobs.submitted()) == 2
 
 
 def test_without_sbatch_the_script_is_printed(tmp_path, monkeypatch, capsys):
     study = plan(tmp_path, **ONE)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert slurm.submit(study, tmp_path, None, 1, "") == 0
+    slurm.submit(study, tmp_path, None, 1, "")
     told = capsys.readouterr().out
     assert told.startswith((tmp_path / "slurm" / "submit.sh").read_text()) and "no sbatch here" in told
 

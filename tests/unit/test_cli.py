@@ -107,6 +107,27 @@ def test_exit_codes(monkeypatch, capsys, error, code, said):
     assert capsys.readouterr().err == said + "\n"
 
 
+@pytest.mark.parametrize(
+    "refused, said",
+    [
+        (lambda folder: open(folder / "none"), "there is no {0}/none: is the path right?"),
+        (lambda folder: (folder / "file/below").mkdir(), "{0}/file/below cannot be there, since a part of"),
+        (lambda folder: folder.write_text(""), "{0} is a folder, where a file is needed"),
+        (lambda folder: folder.mkdir(), "{0} is there already: choose another name, or"),
+        (lambda folder: folder.rmdir(), "{0} is a folder that is not empty: choose another name"),
+        (lambda folder: Path("/dev/full").write_text("x"), "there is no room for a file: make some, or"),
+        (lambda folder: os.readlink(folder), "{0}: Invalid argument"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(tmp_path, monkeypatch, capsys, refused, said):
+    (tmp_path / "file").touch()
+    command = cli.Command("is refused", lambda parser: None, lambda args: refused(tmp_path))
+    monkeypatch.setitem(cli.COMMANDS, "doctor", command)
+    assert cli.main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"xact: error: {said.format(tmp_path)}") and "Errno" not in told and told.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(args):
         raise AssertionError("ours")

@@ -257,9 +257,10 @@ def test_overrides_win_and_sets_come_first(tiny):
         (
             [],
             ["schedule.train-iters=x"],
-            r"train-iters = 'x' \(--set schedule.train-iters=x \[schedule\]\): expected",
+            r"train-iters = 'x' \(--set schedule.train-iters=x\): expected",
         ),
-        ([], ["activation.name=xielo"], "xielo"),
+        ([], ["activation.name=xielo"], r"xielu .*\? \(--set activation.name=xielo\)"),
+        ([], ["activation.alpha_p=-1"], r"\(--set activation.alpha_p=-1\)"),
     ],
 )
 def test_bad_overrides_are_told_in_one_line(tiny, words, sets, message):

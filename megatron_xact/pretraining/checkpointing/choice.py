@@ -26,7 +26,7 @@ from megatron_xact.pretraining.checkpointing.folder import (
     saved_steps,
     tracked,
 )
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.pretraining.files import why_not, write_text
 
 _PATIENCE = timedelta(minutes=30)  # for the slowest rank to read its part of a checkpoint
 
@@ -131,7 +131,7 @@ class Ranks:
             try:
                 said = {"done": work()}
             except (ValueError, OSError) as error:
-                said = {"error": str(error)}
+                said = {"error": why_not(error)}
         said = self.from_first(key, said)
         if "error" in said:
             self.to_first(f"{key}: heard", True)  # with the first rank, the store would end

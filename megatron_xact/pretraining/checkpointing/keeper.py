@@ -22,6 +22,7 @@ from tqdm import tqdm
 from megatron_xact.pretraining.checkpointing import checksums, retention, space
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, damage, name_of, tracked
 from megatron_xact.pretraining.config import XactConfig
+from megatron_xact.pretraining.files import why_not
 
 
 class Keeper:
@@ -81,7 +82,7 @@ class Keeper:
                 checksums.write(checkpoint)
             retention.sweep(self.folder, step, self.settings.keep_checkpoints, self.settings.keep_every)
         except OSError as error:  # training need not end for it
-            self._tell(f"looking after the checkpoints in {self.folder} failed: {error}")
+            self._tell(f"looking after the checkpoints in {self.folder} failed: {why_not(error)}")
 
     def _require_room(self) -> None:
         """NoSpace on every rank if the next checkpoint has no room, not even once everything else is settled."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_xact.pretraining.checkpointing.folder import damage, name_of, saved_steps
+from megatron_xact.pretraining.files import why_not
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import CheckpointException
@@ -66,7 +67,7 @@ def is_disk_full(error: Exception) -> bool:
 def why_not_written(error: CheckpointException | OSError, folder: Path | None) -> str:
     """A failed save (or load) in one line: Megatron's own words are a traceback per rank."""
     causes = [cause for cause, _ in error.failures.values()] if hasattr(error, "failures") else [error]
-    reasons = {" ".join(str(cause).split()) for cause in causes}
+    reasons = {why_not(cause) for cause in causes}
     room = f" {folder} has {_size(free(folder))} free." if folder is not None else ""
     return (
         f"a checkpoint could not be written or read: {'; '.join(sorted(reasons))}.{room} What was complete before "
