@@ -1,15 +1,15 @@
 """What only a GPU can prove about this project: run it there, commit the JSON it writes.
 
-    python tools/gpu_suite.py --out tools/results/kernels_h200.json    # everything, about 20 minutes
+    python tools/gpu_suite.py --out tools/results/kernels_h200.json    # everything, about 22 minutes
     python tools/gpu_suite.py --only bandwidth peers                   # sections or groups by name
     python tools/gpu_suite.py --quick                                  # small sizes, a few minutes
 
 What FILE has of a section that came to its end is kept and not measured again (--again does), so where a command may
 last ten minutes, the same file takes three:
 
-    python tools/gpu_suite.py --out FILE --only correctness bandwidth peers fp8-speed    # 7 minutes
-    python tools/gpu_suite.py --out FILE --only speed                                    # what is left of it, 7
-    python tools/gpu_suite.py --out FILE --only training                                 # 7
+    python tools/gpu_suite.py --out FILE --only correctness bandwidth tiles peers fp8-speed   # 8 minutes
+    python tools/gpu_suite.py --out FILE --only speed                                         # what is left of it, 7
+    python tools/gpu_suite.py --out FILE --only training                                      # 7
 
 Every section is a process of its own, and large ones are several parts: one that crashes, hangs or loses the GPU takes
 no other with it. Those that are timed run alone, after the others, which run side by side. FILE is written as they find

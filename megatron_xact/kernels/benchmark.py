@@ -152,15 +152,16 @@ def clock_in_turns(
                 call()
                 found.append(time.perf_counter() - start)
         return seconds
-    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(200_000_000)  # clock cycles: about 0.1 s
-    for turn in events:
-        for call, (start, end) in zip(calls, turn, strict=True):
-            start.record()
-            call()
-            end.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # whose streams events and the pause go to
+        events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls] for _ in range(repeats)]
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(200_000_000)  # clock cycles: about 0.1 s
+        for turn in events:
+            for call, (start, end) in zip(calls, turn, strict=True):
+                start.record()
+                call()
+                end.record()
+        torch.cuda.synchronize(device)
     for turn in events:
         for found, (start, end) in zip(seconds, turn, strict=True):
             found.append(start.elapsed_time(end) / 1e3)

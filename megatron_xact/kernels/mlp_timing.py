@@ -100,8 +100,7 @@ def operands(activation: Activation, shape: Shape, device: torch.device) -> Oper
 
 
 def _output(call: Callable, o: Operands, parameters: dict) -> Tensor:
-    pre_MW = F.linear(o.x_MH, o.w1_WH)
-    return F.linear(call(pre_MW if o.bias_W is None else pre_MW + o.bias_W, parameters), o.w2_HF)
+    return F.linear(call(F.linear(o.x_MH, o.w1_WH, o.bias_W), parameters), o.w2_HF)
 
 
 def unfused(o: Operands) -> list[Tensor]:

@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -48,11 +49,11 @@ class Tile:
 # compile without spills (with a bias: `with_sums_of_bias`), and within the shared memory.
 HOPPER = {
     (FORWARD, False): (
+        Tile(128, 128, 64, 2, 4, 3, per_multiprocessor=2),
+        Tile(128, 128, 64, 4, 8, 3, per_multiprocessor=2),
         Tile(128, 256, 64, 2, 8, 3),
         Tile(128, 256, 64, 4, 8, 3),
         Tile(256, 128, 64, 2, 8, 3),
-        Tile(128, 128, 64, 2, 4, 3, per_multiprocessor=2),
-        Tile(128, 128, 64, 4, 8, 3, per_multiprocessor=2),
     ),
     (FORWARD, True): (
         Tile(128, 128, 64, 2, 8, 3),
@@ -186,15 +187,22 @@ def _options(activation: Activation, p: Values, tile: Tile) -> dict:
 
 
 def _grid(tile: Tile, rows: int, columns: int, device: torch.device) -> tuple[int]:
-    """A program per tile; with TMA no more than stay on the GPU at once, each of which makes several."""
+    """A program per tile; with TMA as many as stay on the GPU at once, each of which makes several.
+
+    Among several GPUs, four times as many: a collective holds multiprocessors for longer than a tile takes, and the
+    share of a program that waits for one of those would come after it. Shorter shares go to the others meanwhile.
+    """
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
-    return (min(tiles, _multiprocessors(device) * tile.per_multiprocessor) if tile.tma else tiles,)
+    rounds = 4 if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else 1
+    return (min(tiles, rounds * _multiprocessors(device) * tile.per_multiprocessor) if tile.tma else tiles,)
 
 
 def _described(matrix: Tensor | None, block: tuple[int, int]) -> TensorDescriptor | None:
     if matrix is None:
         return None
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+    rows, columns = matrix.shape
+    pitch = matrix.stride(0) if rows > 1 else columns  # of a single row torch may say any stride, TMA wants 16 bytes
+    return TensorDescriptor(matrix, [rows, columns], [pitch, 1], list(block))
 
 
 def _halves(activation: Activation, matrix: Tensor | None, dim: int, block: tuple[int, int]):

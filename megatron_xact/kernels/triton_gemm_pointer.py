@@ -36,7 +36,7 @@ def forward_kernel(
     row_block, column_block = place(tl.program_id(0), rows, columns, TILE_M, TILE_N)
     row = row_block.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)[:, None]
     column = column_block.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)[None, :]
-    up_half = columns.to(tl.int64) * hidden
+    up_half = tl.cast(columns, tl.int64) * hidden  # columns is a plain number where it is 1
     gate_acc = tl.zeros((TILE_M, TILE_N), tl.float32)
     up_acc = tl.zeros((TILE_M, TILE_N), tl.float32)
     for k in range(0, hidden, TILE_K):

@@ -46,7 +46,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-# (direction, are there rows) -> tile. Chosen from machine code for sm_80 and sm_90 (no spills, enough bytes on their way
+# (direction, are there rows) -> tile. Chosen from machine code for sm_80 and sm_90 (no spills, enough bytes under way
 # from memory), not yet on a GPU; tools/gpu_suite.py --only tiles measures others. With rows more than one matrix may be
 # read: with two accesses of each per thread the compiler would start the second after the first has been waited for.
 TILES = {

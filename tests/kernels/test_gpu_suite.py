@@ -55,13 +55,14 @@ def test_sections_as_processes_on_the_cpu(tmp_path):
     assert re.search(r"^ +met +error over its bound: .* \(at most 1\)$", done.stdout, re.MULTILINE)
     measured = result["sections"]["bandwidth"]["data"]["measurements"]
     assert {(m["contender"], m["direction"]) for m in measured} == {
-        (contender, direction) for contender in ("operator", "kernel") for direction in ("forward", "backward")
+        *((contender, direction) for contender in ("operator", "kernel") for direction in ("forward", "backward")),
+        ("copy", "forward"),
     }
     one = next(m for m in measured if (m["activation"], m["direction"], m["columns"]) == ("xielu", "backward", 768))
     assert one["ideal_bytes"] == 64 * 768 * 6 and len(one["seconds"]) == 30
 
 
-@pytest.mark.parametrize("name", ["sums", "huge", "determinism", "fp8-mlp", "fp8-speed"])
+@pytest.mark.parametrize("name", ["sums", "huge", "determinism", "fp8-mlp", "tiles", "fp8-speed"])
 def test_sections_on_the_cpu(name, tmp_path):
     data, status, _ = of(SECTIONS[name].run, tmp_path)
     assert status == "ok" and (data.targets or data["seconds"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tools.gpu import correctness, fp8_mlp, memory, mlp, mlp_speed, speed, step, te, training
+from tools.gpu import correctness, fp8_mlp, memory, mlp, mlp_speed, speed, step, te, tiles, training
 from tools.gpu.context import Context, Entries
 
 
@@ -41,6 +41,7 @@ SECTIONS = {
     "mlp-memory": Section(CORRECTNESS, mlp.memory, 0.5, gib=8),
     "te": Section(CORRECTNESS, te.correctness, 1.0),
     "bandwidth": Section(SPEED, speed.bandwidth, 1.5, timed=True),
+    "tiles": Section(SPEED, tiles.tiles, 1.5, timed=True),
     "peers": Section(SPEED, speed.peers, 1.0, timed=True),
     "fp8-speed": Section(SPEED, speed.quantized, 1.0, timed=True),
     "fp8-mlp-speed": Section(SPEED, fp8_mlp.speed, 1.0, timed=True),

@@ -21,7 +21,7 @@ from tools.gpu.context import Context, Entries
 TARGETS = {FORWARD: 0.92, BACKWARD: 0.90}
 OF_RELU2, OF_COMPILED_FORMULA = 1.02, 1.5
 TOKENS, WIDTHS, TENSOR_PARALLEL = 16384, (6144, 9216, 12288, 43008), (1, 2, 4, 8)
-OPERATOR, KERNEL = "operator", "kernel"
+OPERATOR, KERNEL, COPY = "operator", "kernel", "copy"
 REPEATS = 30
 
 
@@ -53,7 +53,8 @@ def bandwidth(context: Context, data: Entries) -> str:
 
 
 def _measured(context: Context, record: Activation, tokens: int, columns: int) -> list[Measurement]:
-    """Operator and kernel, each direction, in turns, each with operands of its own that no cache can hold."""
+    """Operator and kernel, each direction, and a copy of as many bytes as forward moves, in turns, each with operands
+    of its own that no cache can hold."""
     width = columns * (1 + record.gated)
     elements = {FORWARD: width + columns, BACKWARD: 2 * width + columns}
     bytes_of = {direction: 2 * tokens * count for direction, count in elements.items()}
@@ -70,6 +71,7 @@ def _measured(context: Context, record: Activation, tokens: int, columns: int) -
         (OPERATOR, BACKWARD): gradients,
         (KERNEL, FORWARD): lambda x, dy: partial(context.backend.forward, record, x, p),
         (KERNEL, BACKWARD): lambda x, dy: partial(context.backend.backward, record, x, p, dy),
+        (COPY, FORWARD): lambda x, dy: partial(torch.clone, x.view(-1)[: tokens * elements[FORWARD] // 2]),
     }
     rotations = []
     for (_, direction), call_of in ways.items():
@@ -148,11 +150,16 @@ def _contenders(context: Context, absent: dict[str, str]) -> Iterator[tuple[str,
     others = {
         "xielu": {},
         "relu2": {"TE SReLU": lambda: te("SReLU"), "Liger ReLU^2": liger_relu2},
-        "swiglu": {"TE SwiGLU": lambda: te("SwiGLU"), "Liger SwiGLU": liger_swiglu},
+        "swiglu": {"TE SwiGLU": lambda: te("SwiGLU"), "Liger SwiGLU with its split": liger_swiglu},
     }
     for name, makers in others.items():
         torch.compiler.reset()  # after eight compilations of one function torch.compile would run it eagerly
-        yield name, benchmark.contenders(activations.get(name)) | importable(makers), None
+        calls = benchmark.contenders(activations.get(name))
+        if context.on_gpu:  # which this compiler tunes for
+            formula = benchmark.published_formula(activations.get(name))
+            tuning = {"coordinate_descent_tuning": True}
+            calls["torch.compile, tuned"] = torch.compile(formula, dynamic=False, options=tuning)
+        yield name, calls | importable(makers), None
     weight, bias = torch.full((3,), 1 / 3, device=context.device), torch.ones((), device=context.device)
     learned = {"weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
     if calls := importable({"Liger PolyNorm": liger_polynorm}):
