@@ -1,6 +1,7 @@
 """Every activation by name: `names()` lists them, `get(name, ...)` returns a configured record.
 
-A new one is an `Activation` in a file's RECORDS (a new file joins `_ALL` below); everything else picks it up.
+A new one is an `Activation` in a file's RECORDS, and a new file's RECORDS join `_ALL` below. Config, layers, export and
+plots pick it up; kernels want a device function and tests an independent formula ("Your own activation" in README.md).
 """
 
 import difflib

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import cpu, reference
+from megatron_xact.kernels import cpu, reference, toolchain
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,13 @@ def backend_of(activation: Activation, x: Tensor) -> ModuleType:
     if _choice == "reference" or activation.eps:
         return reference
     if x.is_cuda and _triton_is_there():
-        from megatron_xact.kernels import triton_pointwise
+        from megatron_xact.kernels import triton_launch, triton_pointwise
 
-        if triton_pointwise.serves(activation, x):
+        reason = triton_launch.unserved_reason(activation, x)
+        if reason is None:
             return triton_pointwise
+        if _choice == "auto":
+            _warn_unfused(activation.name, reason)
     if _choice == "triton":
         raise ValueError(f"kernels = 'triton' has no kernel for {activation.name} on {x.device} in {x.dtype}")
     return cpu if cpu.serves(x) else reference
@@ -59,7 +62,9 @@ def triton_unavailable_reason() -> str | None:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "torch sees no NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the GPU is of compute capability {major}.{minor}, older than 8.0"
+    if major < 8:
+        return f"the GPU is of compute capability {major}.{minor}, older than 8.0"
+    return toolchain.lacks_for_triton()
 
 
 @functools.cache
@@ -68,3 +73,8 @@ def _triton_is_there() -> bool:
     if reason:
         logger.warning("activations run unfused on this GPU, several times slower: %s", reason)
     return reason is None
+
+
+@functools.cache
+def _warn_unfused(name: str, reason: str) -> None:
+    logger.warning("%s runs unfused on this GPU, several times slower: %s", name, reason)

@@ -13,19 +13,15 @@ import ctypes
 import functools
 import logging
 import mmap
-import os
-import shutil
-import sysconfig
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
-from megatron_xact.kernels import reference
+from megatron_xact.kernels import reference, toolchain
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +33,7 @@ ALWAYS_FRESH = 1 << 25
 
 def unavailable_reason() -> str | None:
     """Why the fused path cannot be used on this machine, or None."""
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        return f"torch.compile finds no C++ compiler ({compiler})"
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    return None if header.is_file() else f"torch.compile needs Python's C headers (no {header}: python3-dev)"
+    return toolchain.lacks_for_torch()
 
 
 def serves(x: Tensor) -> bool:

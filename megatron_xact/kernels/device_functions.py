@@ -235,7 +235,7 @@ def exponential_left(x, right, dright, a, b, EXACT: tl.constexpr):
         f = tl.where(near, x * (x * tl.where(x > 0.0, right, a * quotient) + b), below)
         slope = tl.where(near, neg * (a * (neg * quotient) + a), a * e - a) + (dright * pos + b)
     else:  # rounded to bf16, f asks for less than a sum of many d_a: a quotient within 4e-5, down to -1/16
-        c = (a * 0.16408810019493103) * neg + a * 0.49997982382774353
+        c = a * (0.16408810019493103 * neg + 0.49997982382774353)
         f = tl.where(neg > -0.0625, x * (x * tl.where(x > 0.0, right, c) + b), below)
         slope = dright * pos + (a * e + (b - a))
     return f, slope, d_a

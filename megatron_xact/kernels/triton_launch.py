@@ -77,8 +77,18 @@ def store_sums(dp_ptr, place, places, s0, s1, s2, LEARNED: tl.constexpr):
 
 def serves(activation: Activation, x: Tensor) -> bool:
     """Has this activation a kernel for x's dtype? fp64 has none, nor has a record with eps (the bits of eager code)."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return x.dtype in dtypes and not activation.eps and device_function(activation) is not None
+    return unserved_reason(activation, x) is None
+
+
+def unserved_reason(activation: Activation, x: Tensor) -> str | None:
+    """Why this activation has no kernel for x, or None."""
+    if len(activation.parameters) > MAX_PARAMETERS:
+        return f"it has more than {MAX_PARAMETERS} parameters"
+    if device_function(activation) is None:
+        return "it has no device function (kernels/device_functions.py)"
+    if activation.eps:
+        return "eps asks for the bits of eager code"
+    return None if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"no kernel computes in {x.dtype}"
 
 
 def constants(activation: Activation, p: Values) -> dict:

@@ -61,10 +61,10 @@ class TrainableActivation(torch.nn.Module):
             object.__setattr__(self, name, parameter)
 
     @torch.no_grad()
-    def effective_values(self) -> dict[str, float]:
-        """Parameter name -> effective value, e.g. {"alpha_p": 0.8, "alpha_n": 0.8} at initialisation."""
+    def effective_values(self) -> dict[str, Tensor]:
+        """Parameter name -> effective value, [1], e.g. alpha_p and alpha_n, 0.8 at initialisation."""
         p = self.activation.effective(self.raw())
-        return {q.name: float(p[q.symbol]) for q in self.activation.trainable}
+        return {q.name: p[q.symbol] for q in self.activation.trainable}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -6,10 +6,13 @@ Megatron's stock "local" layer refuses sequence parallelism in its norm and comp
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,13 +77,11 @@ class ScaledDotProductAttention(MegatronModule):
             raise ValueError("packed sequences and attention bias need TransformerEngine's attention")
         s, b, n, d = query.shape
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, d]
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.softmax_scale,
-            enable_gqa=k.shape[1] != n,
-        )
+        dropout = self.dropout if self.training else 0.0
+        # other heads on every tensor-parallel rank, so other masks; with sequence parallelism the block forks already
+        forks = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=k.shape[1] != n
+            )
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,10 +46,16 @@ class ActivationMLP(MLP):
         """hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism) -> the same shape, and fc2's bias."""
         assert per_token_scale is None, "experts are refused by the layer spec"
         if way := fused_mlp.way_for(self, hidden_states):
-            return fused_mlp.run(self, hidden_states, way)
-        preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
-        postact = self.activation_func(preact, bias)  # [s, b, F/tp]
-        return apply_module(self.linear_fc2)(postact)
+            output, bias = fused_mlp.run(self, hidden_states, way)
+        else:
+            preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
+            postact = self.activation_func(preact, bias)  # [s, b, F/tp]
+            output, bias = apply_module(self.linear_fc2)(postact)
+        if bias is not None and not torch.is_grad_enabled():  # as in a checkpointed MLP (recompute_modules = ["mlp"])
+            # The checkpoint returns it as an output of its own: autograd would make the parameter itself a node of the
+            # graph, whose backward is the recomputation, which comes to the parameter again, without end.
+            bias = bias.clone()
+        return output, bias
 
     @classmethod
     def as_mlp_submodule(

@@ -27,8 +27,14 @@ from megatron.training.utils import print_rank_0
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.layers import coverage
+from megatron_xact.layers.coverage import Unsupported
 from megatron_xact.layers.local import Norm, ScaledDotProductAttention
 from megatron_xact.layers.mlp import ActivationMLP
+
+# Megatron's functions that the spec's activation replaces -> the flags that asked for them. (gelu is its default, and
+# --swiglu is what a gated activation needs.)
+REPLACED = {"squared_relu": "--squared-relu", "quick_gelu": "--quick-geglu"}
 
 
 def decoder_block(
@@ -36,25 +42,18 @@ def decoder_block(
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage, every MLP with `activation`, and the final norm.
 
-    Raises ValueError for what the spec does not cover: mixture of experts, multi-latent attention, multi-token
-    prediction, and an activation whose gatedness contradicts `--swiglu`.
+    Raises Unsupported, a ValueError, for what the spec does not cover (`coverage`).
     """
     transformer = config.transformer
-    for feature, wanted in {
-        "mixture of experts (--num-experts)": transformer.num_moe_experts is not None,
-        "multi-latent attention": transformer.multi_latent_attention,
-        "multi-token prediction (--mtp-num-layers)": transformer.mtp_num_layers is not None,
-    }.items():
-        if wanted:
-            raise ValueError(f"{feature} is not supported by megatron_xact's layer specs yet; leave it out")
-
+    local = coverage.why_local(transformer.transformer_impl, HAVE_TE)
+    coverage.refuse(transformer, local)
     if activation.trainable:
         _refuse_unsavable(transformer)
-    use_te = transformer.transformer_impl == "transformer_engine" and HAVE_TE
+    use_te = local is None
     layer = _te_layer(transformer) if use_te else _local_layer(transformer)
     mlp = _te_mlp(transformer) if use_te else ActivationMLP
     layer.mlp = partial(mlp.as_mlp_submodule, submodules=layer.mlp.keywords["submodules"], activation=activation)
-    _announce(activation, transformer, use_te)
+    _announce(activation, transformer, local)
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)]
         * get_num_layers_to_build(transformer, vp_stage),
@@ -76,7 +75,7 @@ def _refuse_unsavable(config: TransformerConfig) -> None:
     if args is None:  # the model is built by a program of somebody's own, without Megatron's global arguments
         return
     if args.spec is not None and args.save and (config.bf16 or config.fp16):
-        raise ValueError(
+        raise Unsupported(
             "with --spec alone, Megatron 0.19 cannot save the fp32 alphas of a bf16 or fp16 model; run the same flags "
             "as `xact pretrain CONFIG --use-distributed-optimizer ...`, CONFIG naming the activation (see the README)"
         )
@@ -92,7 +91,7 @@ def _te_mlp(config: TransformerConfig) -> type[ActivationMLP]:
     """TE's operations where Megatron's flag asks for them, else its modules; both with our own cast to FP8 inside."""
     if not is_te_min_version("2.13.0"):
         if config.use_transformer_engine_op_fuser:
-            raise ValueError("use-transformer-engine-op-fuser with these activations needs TransformerEngine >= 2.13")
+            raise Unsupported("use-transformer-engine-op-fuser with these activations needs TransformerEngine >= 2.13")
         return ActivationMLP
     from megatron_xact.layers.te import mlp  # where TransformerEngine is missing, it cannot be imported
 
@@ -111,14 +110,15 @@ def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
     return layer
 
 
-def _announce(activation: Activation, config: TransformerConfig, use_te: bool) -> None:
+def _announce(activation: Activation, config: TransformerConfig, local: str | None) -> None:
     # Megatron trains its default layer, with exit code 0, when --spec names something it cannot import. So the
     # presence of this line is what tells a user (and a log search) that the activation is really in.
     learned = ", ".join(q.name for q in activation.trainable) or "none"
-    wanted_te = config.transformer_impl == "transformer_engine"
-    layer = "TransformerEngine" if use_te else "local" + (" (TransformerEngine is not installed)" if wanted_te else "")
+    layer = "TransformerEngine" if local is None else f"local ({local})" if local == coverage.NO_TE else "local"
+    replaced = REPLACED.get(getattr(config.activation_func, "__name__", ""))
+    replaced = f" (in the place of {replaced})" if replaced else ""
     print_rank_0(
-        f"> megatron-xact: {activation.name} in every MLP, {activation.formula}; trainable: {learned} "
+        f"> megatron-xact: {activation.name} in every MLP{replaced}, {activation.formula}; trainable: {learned} "
         f"(fp32, gradient summed over {config.tensor_model_parallel_size} tensor-parallel ranks); {layer} layer"
     )
 

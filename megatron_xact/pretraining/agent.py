@@ -1,27 +1,48 @@
 """torchrun, silent about failures: the supervisor tells them in one line, torchrun in forty.
 
+It hears of one signal only, the first, and passes it on: at a second torchrun would give up waiting for ranks that are
+saving. Those start with the signals held back, as they go on to do by themselves.
+
+Its exit code is that of the rank that failed first, as a shell gives it: 128 + the signal that ended it.
+
     python -m megatron_xact.pretraining.agent [torchrun's words]
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from megatron_xact.pretraining import signals
 
 
 def main() -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.handled())
+    threading.Thread(target=_let_one_through, daemon=True).start()
     try:
         run.run(run.parse_args(sys.argv[1:]))
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException:
         return 1
     return 0
+
+
+def _let_one_through() -> None:
+    first = {signal.sigwait(signals.handled())}
+    signal.raise_signal(*first)  # held back in this thread too, until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, first)  # torchrun's handler runs in the main thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, first)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from megatron_xact.layers import coverage
 from megatron_xact.pretraining import arguments, resume
 from megatron_xact.pretraining.checkpointing import choice
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkpoint, name_of, saved_steps
@@ -49,6 +52,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     args = arguments.parse(config.arguments())
     _required(args)
     _schedule(args)
+    _batches(args)
     _model(args, num_query_groups_given="num-query-groups" in config.megatron)
     _parallel(args, world_size)
     _data(args)
@@ -61,6 +65,8 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     else:
         _optimizer(args, config.activation)
     _retention(args, config.xact)
+    _layers(args, config.xact.engine)
+    _trainer(args)
     _checkpoint(args, config.activation.identity(), config.branch, config.xact.engine)
 
 
@@ -100,6 +106,20 @@ def _schedule(args: Namespace) -> None:
         raise ValueError(f"lr-warmup-init = {args.lr_warmup_init} must not exceed lr = {args.lr}")
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         raise ValueError(f"lr-decay-style = 'WSD' needs lr-wsd-decay-{unit}, the length of its final decay")
+
+
+def _batches(args: Namespace) -> None:
+    """Batches that vary: Megatron 0.19 ignores one of its two arguments for them, and counts the other's wrong."""
+    if args.rampup_batch_size is not None:
+        raise ValueError(
+            "rampup-batch-size has no effect in Megatron 0.19, which would train with global-batch-size throughout: "
+            "use step-batch-size-schedule = '0:256 2B:512' (tokens:batch) with train-samples, without global-batch-size"
+        )
+    if args.step_batch_size_schedule is not None and args.train_iters is not None:
+        raise ValueError(
+            "step-batch-size-schedule needs train-samples in the place of train-iters, from which Megatron would work "
+            "out data and learning rates as if every batch had micro-batch-size x data-parallel size sequences"
+        )
 
 
 def _divides(size: int, size_name: str, total: int, total_name: str) -> None:
@@ -163,8 +183,7 @@ def _parallel(args: Namespace, world_size: int) -> None:
             f"= {model} parallel ranks; start a multiple of that (--nproc-per-node) or reduce these sizes"
         )
     dp, batch, micro = world_size // model, args.global_batch_size, args.micro_batch_size
-    fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
-    if batch is not None and fixed and batch % (micro * dp):
+    if batch is not None and not args.decrease_batch_size_if_needed and batch % (micro * dp):
         raise ValueError(
             f"global-batch-size = {batch} must be a multiple of micro-batch-size x data-parallel size = "
             f"{micro} x {dp} = {micro * dp}"
@@ -251,6 +270,9 @@ def _tokenizer(args: Namespace) -> None:
         raise FileNotFoundError(f"tokenizer-model: no such file or folder {path} (`xact data prepare` makes one)")
 
 
+ADAM_OR_SGD = ("adam", "sgd")  # whose updates are linear in the learning rate, see optimizer_policy.py
+
+
 def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
     # Megatron's plain 16-bit optimizer numbers only the 16-bit parameters when it saves; the alphas are fp32.
     sixteen_bit = "bf16" if args.bf16 else "fp16" if args.fp16 else None
@@ -259,6 +281,15 @@ def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
         raise ValueError(
             f"{sixteen_bit} with a trainable activation needs use-distributed-optimizer = true, on one process "
             "too: Megatron's plain 16-bit optimizer cannot save fp32 parameters among the others"
+        )
+    if learned and (activation.lr_mult, activation.weight_decay) != (1.0, 0.0) and args.optimizer not in ADAM_OR_SGD:
+        raise ValueError(  # others update alphas in an optimizer that may know nothing of the run's weight decay
+            f"lr-mult and weight-decay in [activation] need optimizer = 'adam' or 'sgd', not {args.optimizer!r}"
+        )
+    if learned and args.optimizer_cpu_offload:  # it takes a parameter's fp32 copy, here itself, for a leaf of its own
+        raise ValueError(
+            "optimizer-cpu-offload does not go with a trainable activation, whose parameters are fp32: use engine = "
+            "'deepspeed' in [xact] with offload-optimizer = true in [deepspeed]"
         )
 
 
@@ -269,7 +300,7 @@ NOT_WITH_DEEPSPEED = (
     "fp16",
     "fp8-format",
     "calculate-per-token-loss",
-    "rampup-batch-size",
+    "step-batch-size-schedule",
 )
 
 
@@ -306,6 +337,37 @@ def _retention(args: Namespace, xact: XactConfig) -> None:
             f"save-retain-interval = {args.save_retain_interval} and keep-checkpoints = {xact.keep_checkpoints} both "
             "delete checkpoints: leave the first out, Megatron's; keep-every does what it does"
         )
+
+
+def _layers(args: Namespace, engine: str) -> None:
+    """What neither our layers nor, without TransformerEngine, the local ones have; Megatron may go on without it."""
+    local = coverage.why_local(args.transformer_impl, importlib.util.find_spec("transformer_engine") is not None)
+    if engine == "deepspeed":
+        local = local or 'engine = "deepspeed"'
+    coverage.refuse(args, local)
+    if args.tp_comm_overlap and local is not None:
+        raise ValueError(f"tp-comm-overlap = True needs TransformerEngine's layer, not the local one ({local}); "
+                         "leave it out")  # fmt: skip
+
+
+def _trainer(args: Namespace) -> None:
+    """What of Megatron's trainer does not go with this project, or with this machine."""
+    for name in ("use-megatron-fsdp", "use-torch-fsdp2"):
+        if getattr(args, name.replace("-", "_")):
+            raise ValueError(
+                f"{name} is not supported: alphas (fp32 among 16-bit parameters), their guard and telemetry need whole "
+                "parameters; use-distributed-optimizer shards the optimizer, and engine = 'deepspeed' in [xact] with "
+                "zero-stage = 3 in [deepspeed] the parameters too"
+            )
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"ckpt-format = {args.ckpt_format!r} is not supported: such a run cannot be resumed, checked or exported "
+            "here; leave it out (torch_dist), and bring old checkpoints over with `xact import`"
+        )
+    graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
+    if graphs and not torch.cuda.is_available():
+        raise ValueError(f"cuda-graph-impl = {args.cuda_graph_impl!r} needs a GPU, which torch does not see here; "
+                         "leave CUDA graphs out")  # fmt: skip
 
 
 def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchConfig, engine: str) -> None:

@@ -8,7 +8,9 @@ What stands in for what:
 * tensors asked for on "cuda" are made on the CPU: the factories that take `device=` are wrapped (a TorchFunctionMode
   would do the same at the cost of a Python call on every operation);
 * the CUDA generator is a CPU generator of its own. It must not be the default one: tensor-parallel seeding would then
-  change the weight initialisation, and TP=2 would no longer equal TP=1;
+  change the weight initialisation, and TP=2 would no longer equal TP=1. Dropout draws from it, as on a GPU, so that
+  tensor-parallel ranks share a mask where they share activations: of the default one, a rank with data loaders, which
+  draw their seeds from it, would be ahead of the others;
 * streams, events, memory statistics and nvtx ranges do nothing; CUDA type names are answered for CPU tensors.
 
 Weights must be initialised by `--use-cpu-initialization` (master weight, then sharded): kernels here draw from the
@@ -23,6 +25,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from torch.nn import functional
 
 from megatron_xact.pretraining import mends
 
@@ -189,6 +192,30 @@ def _stand_in_for_cuda_generator() -> None:
     torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda seed: generator.manual_seed(seed)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+    dropout, attention = functional.dropout, functional.scaled_dot_product_attention
+
+    @contextlib.contextmanager
+    def as_the_default():
+        default = torch.get_rng_state()
+        torch.set_rng_state(generator.get_state())
+        try:
+            yield
+            generator.set_state(torch.get_rng_state())
+        finally:
+            torch.set_rng_state(default)
+
+    @functools.wraps(dropout)
+    def dropout_of_cuda(input, p=0.5, training=True, inplace=False):
+        with as_the_default() if training and p else contextlib.nullcontext():
+            return dropout(input, p, training, inplace)
+
+    @functools.wraps(attention)
+    def attention_of_cuda(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        with as_the_default() if dropout_p else contextlib.nullcontext():
+            return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+
+    functional.dropout, functional.scaled_dot_product_attention = dropout_of_cuda, attention_of_cuda
 
 
 def _adapt_megatron() -> None:

@@ -58,15 +58,16 @@ def check_replicas(
 def _replicated(model_chunks: list[torch.nn.Module]) -> tuple[list[str], list[Tensor]]:
     found = {}
     for chunk in model_chunks:
+        modules = dict(chunk.named_modules())
         alphas = (
             (f"{name}.{key}", parameter)
-            for name, module in chunk.named_modules()
+            for name, module in modules.items()
             if isinstance(module, TrainableActivation)
             for key, parameter in module.raw().items()
         )
         for name, parameter in itertools.chain(chunk.named_parameters(), alphas):  # under ZeRO, the alphas are hidden
             if not getattr(parameter, "tensor_model_parallel", False):
-                found[_with_global_layer(chunk, name)] = parameter
+                found[_with_global_layer(modules, name)] = parameter
     return list(found), list(found.values())
 
 
@@ -76,11 +77,11 @@ def _bits(parameter: Tensor) -> Tensor:
     return parameter.detach().reshape(-1).view(as_integer).to(torch.int32)
 
 
-def _with_global_layer(chunk: torch.nn.Module, name: str) -> str:
+def _with_global_layer(modules: dict[str, torch.nn.Module], name: str) -> str:
     """`module.decoder.layers.3.x` -> `decoder.layers.15.x`: the number within the model, not the pipeline stage."""
     words = [word for word in name.split(".") if word != "module"]
     if "layers" in words:
         at = words.index("layers")
-        layer = dict(chunk.named_modules())[name.split(f".{words[at + 1]}.")[0] + f".{words[at + 1]}"]
+        layer = modules[name.split(f".{words[at + 1]}.")[0] + f".{words[at + 1]}"]
         words[at + 1] = str(layer.layer_number - 1)
     return ".".join(words)

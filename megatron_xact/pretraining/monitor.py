@@ -19,6 +19,7 @@ from typing import TextIO
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
@@ -58,10 +59,10 @@ class Monitor:
         self.progress = progress
         self.model: list[torch.nn.Module] = []  # set once Megatron has built it
         self._losses: list[Tensor] = []  # [sum of losses, number of tokens], one per microbatch since the last report
-        self._since: tuple[int, float] | None = None
+        self._since: tuple[int, float] | None = None  # sequences consumed, time
         self._optimizer: MegatronOptimizer | None = None
-        # step, its loss, tokens per second: shown after its update
-        self._due: tuple[int, float, float | None] | None = None
+        # step, its loss, tokens per second, sequences consumed: shown after its update
+        self._due: tuple[int, float, float | None, int] | None = None
         self._bar: tqdm | None = None
         self._alphas: Alphas | None = None  # the last that were looked at
         self._probe: Probe | None = None
@@ -156,33 +157,32 @@ class Monitor:
 
     def _record_loss(self, step: int) -> None:
         args = get_args()
-        now = time.perf_counter()
+        # Not step times batch: batches may vary. Megatron counts those of this step once its update is done.
+        samples, now = args.consumed_train_samples + get_current_running_global_batch_size(), time.perf_counter()
         if self._since is None:  # the first step pays for warm-up: it starts the clock
-            self._since = (step, now)
+            self._since = (samples, now)
         if step % args.log_interval and step != args.train_iters:
             return
         if mpu.is_pipeline_last_stage(ignore_virtual=True):
             total = torch.stack(self._losses).sum(0)
             torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
             if _reports():
-                self._due = (step, (total[0] / total[1]).item(), self._speed(step, now))
+                self._due = (step, (total[0] / total[1]).item(), self._speed(samples, now), samples)
             self._losses.clear()
-        if step > self._since[0]:
-            self._since = (step, now)
+        self._since = (samples, now)
 
-    def _speed(self, step: int, now: float) -> float | None:
+    def _speed(self, samples: int, now: float) -> float | None:
         """Tokens per second, of the whole run, since the last record; None where there is none."""
-        since_step, since = self._since
-        tokens = (step - since_step) * get_args().global_batch_size * get_args().seq_length
+        since_samples, since = self._since
+        tokens = (samples - since_samples) * get_args().seq_length
         return tokens / (now - since) if tokens else None
 
     def _after_update(self, grad_norm: float | None) -> None:
         if self._due is not None:
-            step, loss, speed = self._due
-            self._due = None
-            self._show(step, loss, speed, grad_norm)
+            due, self._due = self._due, None
+            self._show(*due, grad_norm)
 
-    def _show(self, step: int, loss: float, speed: float | None, grad_norm: float | None) -> None:
+    def _show(self, step: int, loss: float, speed: float | None, samples: int, grad_norm: float | None) -> None:
         args = get_args()
         flops, mfu = throughput.model_flops(args, speed), throughput.mfu(args, speed)
         self._append(
@@ -196,7 +196,7 @@ class Monitor:
                 "model_flops_per_second": flops,
                 "mfu": mfu,
                 "memory_bytes": throughput.memory_bytes(),  # of this rank, the last one
-                "tokens": step * args.global_batch_size * args.seq_length,
+                "tokens": samples * args.seq_length,  # consumed in all, those before a resume or a branch too
                 "time": time.time(),
             },
         )
@@ -213,7 +213,10 @@ class Monitor:
                 disable=not self.terminal.isatty(),
             )
         if self._bar.disable:
-            seconds = (args.train_iters - step) * args.global_batch_size * args.seq_length / speed if speed else 0
+            ahead = (args.train_iters - step) * get_current_running_global_batch_size()
+            if args.train_samples is not None:
+                ahead = args.train_samples - samples
+            seconds = max(0, ahead) * args.seq_length / speed if speed else 0
             eta = f"  ETA {int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if speed else ""
             print(f"step {step}/{args.train_iters}  {told}{eta}", file=self.terminal, flush=True)
         else:
@@ -233,7 +236,10 @@ def gather_alphas(model: list[torch.nn.Module]) -> Alphas:
     A collective over the pipeline group; every rank gets the whole answer.
     """
     modules = _activations_of(model).items()
-    return _from_all_stages({n: module.effective_values() for n, module in modules if module.activation.trainable})
+    alphas = {n: module.effective_values() for n, module in modules if module.activation.trainable}
+    tensors = [alpha for named in alphas.values() for alpha in named.values()]
+    values = iter(torch.cat(tensors).tolist() if tensors else [])  # the host waits for the device once
+    return _from_all_stages({n: {name: next(values) for name in named} for n, named in alphas.items()})
 
 
 def _activations_of(model: list[torch.nn.Module]) -> dict[int, TrainableActivation]:

@@ -12,6 +12,8 @@ Without a policy (m = 1, w = 0, the default: Megatron never decays tensors with 
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -30,27 +32,33 @@ def apply_policy(parameters: list[torch.nn.Parameter], lr_mult: float, weight_de
     """
     if not parameters or (lr_mult == 1.0 and weight_decay_mult == 0.0):
         return
-    before: dict[int, Tensor] = {}
+    before: dict[int, list[Tensor]] = {}
+    found: WeakKeyDictionary[Optimizer, tuple[list, list]] = WeakKeyDictionary()
 
-    def updated_by(optimizer: Optimizer) -> list[tuple[torch.nn.Parameter, float]]:
-        """Those of `parameters` in `optimizer`, with their group's lr. Found by address: it may hold views of them."""
-        at = {p.data_ptr(): p for p in parameters}
-        held = ((q.data_ptr(), group["lr"]) for group in optimizer.param_groups for q in group["params"])
-        return [(at[address], lr) for address, lr in held if address in at]
+    def updated_by(optimizer: Optimizer) -> list[tuple[dict, list[torch.nn.Parameter]]]:
+        """Its groups, with those of `parameters` in them: looked for once, since loading keeps the lists of a group."""
+        lists = [group["params"] for group in optimizer.param_groups]
+        known, held = found.get(optimizer, ([], []))
+        if len(known) != len(lists) or any(a is not b for a, b in zip(known, lists, strict=True)):
+            at = {p.data_ptr(): p for p in parameters}  # by address: the optimizer may hold views of them
+            held = [[at[q.data_ptr()] for q in params if q.data_ptr() in at] for params in lists]
+            found[optimizer] = lists, held
+        return [(group, held) for group, held in zip(optimizer.param_groups, held, strict=True) if held]
 
     @torch.no_grad()
     def remember(optimizer: Optimizer, args, kwargs) -> None:
-        for p, _ in updated_by(optimizer):
-            before[id(p)] = p.detach().clone()
-            p.data.zero_()  # alpha_after - alpha_before would carry alpha's rounding, m times enlarged, at every step
+        groups = [held for _, held in updated_by(optimizer)]
+        before[id(optimizer)] = [torch.cat(held) for held in groups]
+        for held in groups:
+            torch._foreach_zero_(held)  # alpha_after - alpha_before would carry alpha's rounding, m times enlarged
 
     @torch.no_grad()
     def scale(optimizer: Optimizer, args, kwargs) -> None:
         # The activation's own group has none: the run's decay is that of the groups which are decayed.
         decay = weight_decay_mult * max(group["weight_decay"] for group in optimizer.param_groups)
-        for p, lr in updated_by(optimizer):
-            old = before.pop(id(p))
-            p.data.copy_(old + lr_mult * (p.detach() - lr * decay * old))
+        for (group, held), old in zip(updated_by(optimizer), before.pop(id(optimizer)), strict=True):
+            new = old + lr_mult * (torch.cat(held) - group["lr"] * decay * old)
+            torch._foreach_copy_(held, new.split(1))
 
     register_optimizer_step_pre_hook(remember)
     register_optimizer_step_post_hook(scale)

@@ -17,11 +17,12 @@ def prepare(config: RunConfig) -> dict[str, Value]:
 
     ValueError: the config asks for what this machine lacks.
     """
+    # One queue of work per device, for Megatron's overlap of tensor-parallel communication. CUDA reads it when it
+    # starts, which asking for a device may make it do.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         cpu_platform.activate()
     mends.apply()
-    # Megatron wants one queue of work per device for its overlap of tensor-parallel communication.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=_installed("transformer_engine"))
     for key, value in arguments.items():
         if key in config.megatron and config.megatron[key] != value:

@@ -97,6 +97,14 @@ def _refuse_other_optimizer(checkpoint: Path, saved: Namespace, metadata: dict, 
             f"this run has {kinds[args.use_distributed_optimizer]} one: set use-distributed-optimizer = "
             f"{str(saved.use_distributed_optimizer).lower()}, or load without it (no-load-optim = true)"
         )
+    # With it, TransformerEngine saves 16 bits of most masters, and of fp32 parameters (alphas) their initial values.
+    aware, saved_aware = (getattr(of, "use_precision_aware_optimizer", False) for of in (args, saved))
+    if aware != saved_aware:
+        raise ValueError(
+            f"checkpoint {checkpoint} was saved {'with' if saved_aware else 'without'} use-precision-aware-optimizer, "
+            f"but this run is {'with' if aware else 'without'} it, and would load other master weights than were "
+            "trained: make it the same, or load without them (no-load-optim = true)"
+        )
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     ours, theirs = ([getattr(of, name) for name in sizes] for of in (args, saved))
     if args.use_distributed_optimizer and ours != theirs:

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.per_node)))
             supervisor.replace_this_process(plan, args.node_rank, args.rendezvous)
         _be_the_only_rank()
-    signals.install(config.launch.signal)
+    signals.hold_in_rank(config.launch.signal)
     run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
     try:
         with _output(config, args.quiet) as terminal:
@@ -185,17 +185,19 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         added = platform.prepare(config)
         ranks = Ranks()
         words = _words(config, added, run_folder) + _choose_checkpoint(config, ranks, terminal)
-        args, container, monitor, keeper = _set_up(config, words, run_folder, terminal, watchdog.progress)
+        args, container, monitor, keeper, stop = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
         if os.environ["RANK"] != "0":
             raise SystemExit(2) from None  # every rank fails alike; one of them says so
         raise ValueError(_reason(error)) from error
 
     import torch
+    from megatron.core import mpu
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from torch.distributed.checkpoint import CheckpointException
 
+    from megatron_xact.layers.coverage import Unsupported
     from megatron_xact.pretraining import gpt, stopping
     from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
     from megatron_xact.pretraining.guards import ReplicaMismatch
@@ -205,7 +207,8 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         write_text(run_folder / "config.toml", config.dump())
     try:
         datasets = gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
-        datasets, forward_step = stopping.unless_asked(datasets), monitor.watch_loss(gpt.forward_step)
+        datasets = stopping.unless_asked(datasets)
+        forward_step = stop.notice_before(monitor.watch_loss(gpt.forward_step))
         if config.xact.engine == "deepspeed":
             from megatron_xact.pretraining.zero import training as zero
 
@@ -228,12 +231,18 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         if signal and args.world_size == 1 and not watchdog.supervised:
             return exits.PREEMPTED
     except ReplicaMismatch as error:
+        if run_folder is None and mpu.get_tensor_model_parallel_rank() != 0:  # its group's first rank says the same
+            raise SystemExit(exits.REPLICAS) from None
         return _fail(watchdog, "replicas", str(error), terminal)
     except (NoSpace, CheckpointException) as error:
         if args.rank != 0:  # every rank fails alike; the first one says so
             raise SystemExit(exits.FAILED) from None
         told = why_not_written(error, run_folder) if isinstance(error, CheckpointException) else str(error)
         return _fail(watchdog, "error", told, terminal)
+    except Unsupported:  # every rank builds the same layers; one of them says so
+        if args.rank != 0:
+            raise SystemExit(exits.USER_ERROR) from None
+        raise
     except (ValueError, OSError) as error:
         if is_disk_full(error):
             return _fail(watchdog, "error", why_not_written(error, run_folder), terminal)
@@ -243,6 +252,13 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         if kind != "nan":
             raise
         return _fail(watchdog, kind, reason, terminal)
+    except AssertionError as error:
+        if not (args.fp16 and traceback.extract_tb(error.__traceback__)[-1].line == "assert len(steps) == 1"):
+            raise
+        if args.rank != 0:
+            raise SystemExit(exits.FAILED) from None
+        told = "fp16 without an optimizer step cannot be saved, and its loss scale has had all steps skipped so far"
+        return _fail(watchdog, "error", f"{told}: lower initial-loss-scale, or save later", terminal)
     finally:
         if keeper is not None:
             keeper.close()
@@ -251,9 +267,9 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
 
 
 def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
-    """What ended this rank, told in one line, by the launcher where there is one; the exit code."""
+    """What ended this rank, told in one line, by the launcher where it can read it in a run's folder; the exit code."""
     watchdog.end(kind, reason)
-    if not watchdog.supervised:
+    if not watchdog.supervised or watchdog.folder is None:
         rank = watchdog.status
         failure = failures.Failure(kind, rank.rank, rank.host, rank.step, reason)
         print(f"xact: error: {failure.line()}", file=terminal, flush=True)
@@ -326,7 +342,7 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     model.transformer_layer_spec = partial(decoder_block, activation=config.activation.record())
     intervals = config.xact.guard_interval, config.xact.telemetry_interval, config.xact.statistics_interval
     monitor = Monitor(run_folder, terminal, *intervals, progress=progress)
-    stopping.arm(args, run_folder)
+    stop = stopping.Stop(args, run_folder)
 
     by_zero = config.xact.engine == "deepspeed"
     keeper = None
@@ -345,8 +361,9 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
 
     model.post_wrap_hooks.append(attach)
     watch = keeper.watch if keeper is not None else lambda function: function
-    model.transformer.finalize_model_grads_func = watch(monitor.look if by_zero else monitor.finalize_model_grads)
-    return args, pretrain_cfg_container_from_args(args, model), monitor, keeper
+    finalize = monitor.look if by_zero else monitor.finalize_model_grads
+    model.transformer.finalize_model_grads_func = stop.look_after(watch(finalize))
+    return args, pretrain_cfg_container_from_args(args, model), monitor, keeper, stop
 
 
 def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, terminal: TextIO) -> None:

@@ -27,6 +27,8 @@ from torch.distributed import ProcessGroup, ReduceOp
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
 from megatron_xact.kernels import fp8
+from megatron_xact.kernels.operators import key_in_graph
+from megatron_xact.kernels.ops import learned_of
 
 Statistics = dict[int, dict[str, float]]  # layer (from 1) -> name in STATISTICS -> value; nan where undefined
 
@@ -34,8 +36,8 @@ NEAR_ZERO = 2.0**-9
 """A post-activation is near zero up to this share of its layer's RMS. 2^-9 is bf16's rounding error: such a value adds
 less to fc2's sum than is lost by rounding a typical value of that layer, so a kernel that skips it loses nothing."""
 
-BLOCK = 2**20
-"""Elements that are looked at together; bounds the memory of a measurement to some tens of MB at any model size."""
+BLOCK = 2**22
+"""Elements that are looked at together; bounds the memory of a measurement to some 150 MB at any model size."""
 
 
 @dataclass(frozen=True)
@@ -154,35 +156,52 @@ class Probe:
         """y: [..., F/tp]; x: [..., F/tp] (gated: [gate, up]) and bias, x's last dimension, are the module's inputs."""
         width = y.shape[-1]  # of a gated x, the gate half comes first
         x, y = x.reshape(-1, x.shape[-1])[:, :width], y.reshape(-1, width)
-        rows = max(1, BLOCK // width)
         wide = torch.promote_types(x.dtype, torch.float32)  # in which the activation itself computes
-        whole = y.new_zeros(7, dtype=torch.float64)
-        largest = y.new_zeros(2, dtype=torch.float64)
-        peaks = y.new_zeros(width, dtype=torch.float64)  # of each unit over the tokens
-        for x_rows, y_rows in zip(x.split(rows), y.split(rows), strict=True):
-            z = x_rows.to(wide) if bias is None else x_rows.to(wide) + bias[:width]
-            slope, _ = activation.slopes(z, p)
-            size, y2 = y_rows.double().abs(), y_rows.double().square()
-            terms = (z < 0, slope < 0, z.double().square(), size == 0, y2, y2.square())
-            sums = [term.sum(dtype=torch.float64) for term in terms]
-            whole += torch.stack([*sums, whole.new_full((), y_rows.numel())])
-            peaks = torch.maximum(peaks, size.amax(0))
-            largest[0] = torch.maximum(largest[0], z.abs().amax().double())
-        largest[1] = peaks.amax()
-        _reduced(whole, ReduceOp.SUM, self._whole)
-        _reduced(largest, ReduceOp.MAX, self._whole)
+
+        def preactivations(x: Tensor) -> Tensor:
+            return x.to(wide) if bias is None else x.to(wide) + bias[:width]
+
+        # Adding a bias keeps a unit's order: its largest and smallest x stay so.
+        max_x = torch.stack([preactivations(extreme).abs().amax() for extreme in torch.aminmax(x, dim=0)]).amax()
+        peaks = torch.stack(torch.aminmax(y, dim=0)).double().abs().amax(0)  # of each unit over the tokens
+        rows = max(1, BLOCK // width)
+        blocks = zip(x.split(rows), y.split(rows), strict=True)
+        sums = [_sums(activation, p, preactivations(x_rows), y_rows.double()) for x_rows, y_rows in blocks]
+        negative, negative_slope, x2, nonzero, y2, y4 = torch.stack(sums).sum(0)
+        elements = peaks.new_full((), y.numel())
+        terms = [negative, negative_slope, x2, elements - nonzero, y2, y4, elements]
+        whole = _reduced(torch.stack(terms), ReduceOp.SUM, self._whole)
+        largest = _reduced(torch.stack([max_x.double(), peaks.amax()]), ReduceOp.MAX, self._whole)
         threshold = NEAR_ZERO * (whole[4] / whole[6]).sqrt()
         dead = (_reduced(peaks, ReduceOp.MAX, self._tokens) <= threshold).sum().double()
         scaling = fp8.PerTensor(fp8.factor(largest[1:], torch.float8_e4m3fn, power_of_two=True))
-        near_zero, error2, flushed = whole.new_zeros(3)
-        for y_rows in y.split(rows):
-            q = fp8.quantize(y_rows, scaling, torch.float8_e4m3fn, columns=False)
-            exact, rounded = y_rows.double(), q.rows_RC.double() * q.row_scale_inv
-            near_zero += (exact.abs() <= threshold).sum()
-            error2 += (rounded - exact).square().sum()
-            flushed += ((rounded == 0) & (exact != 0)).sum()
-        counts = torch.stack([near_zero, dead, dead.new_full((), width), error2, flushed])
+        rounding = [_rounding(y_rows, scaling, threshold) for y_rows in y.split(rows)]
+        near_zero, error2, kept = torch.stack(rounding).sum(0)
+        counts = torch.stack([near_zero, dead, dead.new_full((), width), error2, nonzero - kept])
         return _Partial(whole, largest, counts)
+
+
+def _sums(activation: Activation, p: Values, z: Tensor, y: Tensor) -> Tensor:
+    """Of a block, [6] fp64: counts z < 0, f'(z) < 0, sum of z^2, count y != 0, sums of y^2 and of y^4. y: fp64."""
+    gate_up = torch.cat([z, torch.ones_like(z)], dim=1) if activation.gated else z
+    slope = torch.ops.xact.activation_backward(
+        torch.ones_like(z), gate_up, learned_of(activation, p), None, None, key_in_graph(activation)
+    )[0][:, : z.shape[1]]  # with up = 1, the gate's gradient is its slope; on a GPU one kernel
+    y2 = y.square()
+    sums = [value.sum(dtype=torch.float64) for value in (z < 0, slope < 0, z.double().square(), y2, y2.square())]
+    return torch.stack([*sums[:3], _nonzero(y), *sums[3:]])
+
+
+def _rounding(y: Tensor, scaling: fp8.PerTensor, threshold: Tensor) -> Tensor:
+    """Of a block, [3] fp64: count of |y| <= threshold, sum of (q - y)^2 and count of q != 0; q: y in FP8."""
+    q = fp8.quantize(y, scaling, torch.float8_e4m3fn, columns=False)
+    exact, rounded = y.double(), q.rows_RC.double() * q.row_scale_inv
+    near_zero = (exact.abs() <= threshold).sum(dtype=torch.float64)
+    return torch.stack([near_zero, (rounded - exact).square().sum(), _nonzero(rounded)])
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value, 0)  # counts in one kernel, in value's dtype
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:

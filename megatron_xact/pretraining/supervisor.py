@@ -5,7 +5,7 @@
 PLAN is what `xact pretrain ... --launch-plan` prints; `xact pretrain` typed by hand comes here by itself. This imports
 no torch: it is ready for signals at once, costs little memory, and runs outside a container with any Python from 3.9.
 
-How an attempt ended is read from what the run wrote, never from the exit code of srun or torchrun alone:
+How an attempt ended is read from what the run wrote, not from the exit code of srun or torchrun (but without a folder):
 RUN/requeue (saved after a signal), RUN/logs/ranks (each rank's last word), the number of the newest checkpoint.
 """
 
@@ -64,6 +64,7 @@ class Supervisor:
     def __init__(self, plan: Plan, launcher: Launcher, nodes: Nodes):
         self.plan, self.launcher, self.nodes = plan, launcher, nodes
         self._child: subprocess.Popen | None = None
+        self._passed_on = False  # a signal to this child
         self._restarts: Restarts | None = None
         if plan.folder is not None and nodes.leads:
             requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
@@ -103,12 +104,15 @@ class Supervisor:
         """Start all ranks (of this node) and wait for their end; the launcher's exit code."""
         began = time.monotonic()
         command, added = self.launcher.command(self.plan, attempt)
+        self._passed_on = False
         self._child = subprocess.Popen(
             command,
             env={**os.environ, "XACT_ATTEMPT": attempt, "XACT_SIGNAL": self.plan.signal, **added},
             start_new_session=True,  # Ctrl-C and signals to the group come here only, and are passed on once
             preexec_fn=_end_with_parent,
         )
+        if signals.received():  # while there was no child
+            self._pass_on()
         while True:
             try:
                 return self._child.wait(0.5)
@@ -118,7 +122,9 @@ class Supervisor:
                     self._end(attempt, signal.SIGTERM)
 
     def _pass_on(self) -> None:
-        if self._child is not None and self._child.poll() is None:
+        """Once: torchrun and srun end ranks that are still saving at a second one."""
+        if not self._passed_on and self._child is not None and self._child.poll() is None:
+            self._passed_on = True
             self._child.send_signal(signal.Signals[signals.received()])
 
     def _end(self, attempt: str, by: signal.Signals) -> None:
@@ -139,10 +145,10 @@ class Supervisor:
         _kill(attempt)  # what a killed torchrun left behind would go on training beside the next attempt
         run = self.plan.folder
         if run is None:  # nowhere to read what happened, and nothing to start again from
-            return exits.FINISHED if returned == 0 else exits.FAILED
-        if (run / FLAG).exists():
-            return self._preempted(status.read_json(run / FLAG).get("signal"))
+            return _of_code(returned)
         said = status.read(status.folder_of(run), attempt, self.plan.ranks)
+        if (run / FLAG).exists():
+            return self._preempted(status.read_json(run / FLAG).get("signal"), said)
         if returned == 0 or (len(said) == len(self.plan.ranks) and all(s.kind == "done" for s in said.values())):
             return exits.FINISHED
         failure = self._failure(said)
@@ -150,9 +156,12 @@ class Supervisor:
             return exits.USER_ERROR
         # torchrun and srun send ranks SIGTERM when one has failed; the scheduler's signal comes from outside only.
         stopping = signals.received() or next((s.signal for s in said.values() if s.signal == self.plan.signal), None)
-        if stopping and failure.kind in (*failures.ON_FAILURE, "launcher"):  # it could not save, but is to go on
-            status.write_json(run / FLAG, {"signal": stopping, "step": status.latest_step(run)})
-            return self._preempted(stopping)
+        if stopping and failure.kind in (*failures.ON_FAILURE, "launcher", "error"):  # it is to go on all the same
+            step = status.latest_step(run)
+            if failure.kind != "launcher":
+                failures.record(run, failure, attempt, f"{stopping} had come: to go on from step {step}")
+            status.write_json(run / FLAG, {"signal": stopping, "step": step})
+            return self._preempted(stopping, said, failure)
         decision, code = self._policy(failure)
         failures.record(run, failure, attempt, decision)
         print(f"xact: error: {failure.line()}; {decision}{self._where_more(failure)}", file=sys.stderr, flush=True)
@@ -190,9 +199,10 @@ class Supervisor:
         whence = f"from step {step}" if step else "from the beginning"
         return f"restart {self._restarts.count} of {self.plan.max_restarts} {whence}", None
 
-    def _preempted(self, name: str | None) -> int:
+    def _preempted(self, name: str | None, said: dict, failure: Failure | None = None) -> int:
+        """After the signal `name`; failure: what kept the run from ending in order."""
         step = status.latest_step(self.plan.folder)
-        if not self._restarts.again(after_failure=False):
+        if not self._restarts.again(after_failure=failure is not None):
             (self.plan.folder / FLAG).unlink()
             print(
                 f"xact: error: given up at step {step}: {name} came before a new checkpoint {self._restarts.count + 1} "
@@ -200,9 +210,30 @@ class Supervisor:
                 file=sys.stderr,
             )
             return exits.FAILED
-        where = f"saved at step {step}" if step else "ended before a first checkpoint"
-        print(f"xact: {where} after {name}; the same command goes on from there", file=sys.stderr, flush=True)
+        if failure is not None and failure.kind != "launcher":
+            whence = f"from step {step}" if step else "from the beginning"
+            told = f"error: {name} came, and {failure.line()}; the same command goes on {whence}"
+        elif step <= max((s.step for s in said.values()), default=-1):  # which were complete when the last one began
+            told = f"nothing saved since step {step} after {name}; the same command goes on from there"
+        else:
+            told = f"saved at step {step}" if step else "ended before a first checkpoint"
+            told += f" after {name}; the same command goes on from there"
+        print(f"xact: {told}", file=sys.stderr, flush=True)
         return exits.PREEMPTED
+
+
+def _of_code(returned: int) -> int:
+    """The exit code where the run has no folder. A rank that ended with a code of `exits` has told why; else a line."""
+    if returned in (exits.FINISHED, *exits.OF_KIND.values()):
+        return returned
+    if signals.received():
+        reason = f"ended by {signals.received()}"
+    elif returned - 128 in set(signal.Signals):
+        reason = f"a rank was ended by {signal.Signals(returned - 128).name}"
+    else:
+        reason = "a rank failed, see what it said"
+    print(f"xact: error: {reason}; with save in [checkpoint] more is recorded, and the run can go on", file=sys.stderr)
+    return exits.FAILED
 
 
 def _kill(attempt: str) -> None:
@@ -220,7 +251,7 @@ def _end_with_parent() -> None:
 
 def replace_this_process(plan: Plan, node_rank: int, rendezvous: str | None) -> None:
     """Become the supervisor of `plan`, which is light; signals that arrive meanwhile are kept for it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.Signals[plan.signal]})
+    signals.hold(plan.signal)
     words = [plan.dump(), "--node-rank", str(node_rank), *(["--rendezvous", rendezvous] if rendezvous else [])]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -238,8 +269,7 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="the ranks' Python")
     args = parser.parse_args()
     plan = Plan(**json.loads(args.plan))
-    signals.install(plan.signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.Signals[plan.signal]})
+    signals.heed(plan.signal)
     launcher = Launcher(
         args.launcher, args.rendezvous, tuple(shlex.split(args.wrap)), tuple(shlex.split(args.srun)), args.python
     )

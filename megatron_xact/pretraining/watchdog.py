@@ -120,7 +120,7 @@ class Watchdog(threading.Thread):
         self.end("hang", f"no progress for {seconds:.0f} s: {reason}", rank)
         if self.supervised and reason == SILENT:
             self._end_stopped(rank)
-        elif not self.supervised:
+        elif not self.supervised or self.folder is None:
             told = f"xact: error: rank {rank}, no progress for {seconds:.0f} s: {reason}"
             print(told, file=self.terminal, flush=True)
         os._exit(exits.HANG)

@@ -1,6 +1,6 @@
 """`xact pretrain` with faults: on each rank, before each step's update, what XACT_TEST_FAULTS says, each thing once.
 
-    XACT_TEST_FAULTS="kill:5:1 stop:9:0 signal:10:0"     what, after how many steps, on which rank
+    XACT_TEST_FAULTS="kill:5:1 stop:9:0 scancel:10:0"    what, after how many steps, on which rank
 """
 
 from __future__ import annotations
@@ -21,19 +21,11 @@ def fault(what: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif what == "signal":  # to the supervisor above torchrun, which is above this rank
-        supervisor = int(Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        os.kill(supervisor, signal.SIGUSR1)
-        wait_for_signal()
     elif what == "scancel":  # to all tasks of the job, as before the time limit
         subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
-        wait_for_signal()
-
-
-def wait_for_signal() -> None:
-    deadline = time.monotonic() + 60.0
-    while signals.received() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+        deadline = time.monotonic() + 60.0
+        while signals.received() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
@@ -54,5 +46,3 @@ if __name__ == "__main__":
 
     Monitor.finalize_model_grads = hooked
     sys.exit(cli.main(sys.argv[1:]))
-elif __name__ == "__mp_main__":
-    signals.ignore()

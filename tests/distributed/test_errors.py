@@ -95,6 +95,18 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
             "save-retain-interval = 8 and keep-checkpoints = 2 both delete checkpoints",
         ),
         (["--bf16"], 1, "bf16 with a trainable activation needs use-distributed-optimizer = true"),
+        (
+            ["--set", "activation.weight-decay=1.0", "--optimizer", "muon"],
+            1,
+            "lr-mult and weight-decay in [activation] need optimizer = 'adam' or 'sgd', not 'muon'",
+        ),
+        (
+            ["--optimizer-cpu-offload", "--use-precision-aware-optimizer", *DISTRIBUTED],
+            1,
+            "optimizer-cpu-offload does not go with a trainable activation",
+        ),
+        (["--rampup-batch-size", "2", "2", "16"], 1, "rampup-batch-size has no effect in Megatron 0.19"),
+        (["--step-batch-size-schedule", "0:4 1K:8"], 1, "step-batch-size-schedule needs train-samples"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, (list, tuple)) else None,
 )
@@ -128,6 +140,12 @@ def test_a_missing_config(refused, tmp_path):
         ("one", ["--train-iters", "20"], 1, "override-opt-param-scheduler = true"),
         ("one", DISTRIBUTED, 2, "holds the state of a plain optimizer, but this run has the distributed one"),
         ("dp2", [], 1, "holds the state of the distributed optimizer, but this run has a plain one"),
+        (
+            "dp2",
+            [*DISTRIBUTED, "--use-precision-aware-optimizer"],
+            2,
+            "was saved without use-precision-aware-optimizer, but this run is with it",
+        ),
         (
             "dp2",
             [*DISTRIBUTED, *PP2],

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from training import MARKS, ROOT, STEPS, TP2, Run, Trainings, trainings
 
 from megatron_xact.pretraining import exits
 from megatron_xact.pretraining.launchers import Plan, free_port
+from megatron_xact.pretraining.status import latest_step
 
 pytestmark = MARKS
 HOOKED = [str(Path(__file__).with_name("hooked.py")), "pretrain"]
@@ -82,13 +84,14 @@ class Supervised:
 
     def wait_for_ranks(self, number: int) -> None:
         """Until so many ranks have begun to import."""
-        deadline = time.monotonic() + 60.0
-        while True:
-            ranks = [process for process in self.processes() if "RANK" in process.environ()]
-            if len(ranks) >= number:
-                return
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.05)
+        self.until(lambda: sum("RANK" in process.environ() for process in self.processes()) >= number, 0.05)
+
+    def until(self, true: Callable[[], bool], between: float) -> None:
+        """`true`, asked again after so many seconds."""
+        deadline = time.monotonic() + 120.0
+        while not true():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output.read_text()[-6000:]
+            time.sleep(between)
 
 
 def failures(folder: Path) -> list[dict]:
@@ -100,11 +103,10 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on_and_signals_save_it(runs, tmp_path):
-    """SIGSTOP, restart, SIGUSR1, again; a signal and Ctrl-C while torch is imported; again, to the end."""
+def test_a_stopped_rank_is_named_and_the_run_goes_on(runs, tmp_path):
     run = tmp_path / "run"
-    plan = Plan(words(runs, run, *TP2, "--set", "launch.hang-timeout=4"), str(run), per_node=2, program=HOOKED)
-    said = Supervised(plan, faults="stop:6:0 signal:9:1").wait(exits.PREEMPTED)
+    plan = Plan(words(runs, run, *TP2, "--set", "launch.hang-timeout=6"), str(run), per_node=2, program=HOOKED)
+    said = Supervised(plan, faults="stop:6:0").wait(exits.FINISHED)
     (failure,) = failures(run)
     assert (failure["kind"], failure["rank"], failure["host"]) == ("hang", 0, os.uname().nodename)
     assert failure["step"] == 6 and failure["decision"] == "restart 1 of 3 from step 4"
@@ -113,26 +115,51 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_and_signals_save_it(runs, t
     stacks = (run / "logs" / "stacks-rank1.txt").read_text()
     assert "all_reduce" in stacks  # where the other rank waited
     assert "Traceback" not in said  # --quiet: those are in the ranks' logs
-    assert json.loads((run / "requeue").read_text()) == {"signal": "SIGUSR1", "step": 10}
-    assert "saved at step 10 after SIGUSR1" in said
+    assert losses(run) == runs["tp2"].losses
 
-    plan.program = ["-m", "megatron_xact", "pretrain"]
+
+def test_signals_save_what_is_done_and_the_run_goes_on_bit_for_bit(runs, tmp_path):
+    """They reach all processes of the ranks, as under torchrun and SLURM: data loaders' workers, checkpoint writers.
+
+    One after a save; four within a second, from the middle of a save on; one while torch is imported, Ctrl-C there.
+    """
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    endless = [*TP2, "--num-workers", "2", "--save-interval", "20"]
+    endless += ["--train-iters", "100000", "--eval-interval", "100000"]
+    plan = Plan(words(runs, run, *endless), str(run), per_node=2)
+
+    signalled = Supervised(plan)
+    signalled.until(lambda: latest_step(run) == 20, 0.01)
+    time.sleep(0.1)
+    signalled.process.send_signal(signal.SIGTERM)
+    said, first = signalled.wait(exits.PREEMPTED), latest_step(run)
+    assert f"xact: saved at step {first} after SIGTERM" in said and first > 20
+    assert json.loads((run / "requeue").read_text()) == {"signal": "SIGTERM", "step": first}
+
+    signalled, next_one = Supervised(plan), run / f"iter_{first - first % 20 + 20:07d}"
+    signalled.until(next_one.exists, 0.001)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        signalled.process.send_signal(number)
+        time.sleep(0.2)
+    said, last = signalled.wait(exits.PREEMPTED), latest_step(run)
+    assert f"xact: saved at step {last} after SIGUSR1" in said and last > first
+    assert not (run / "failures.jsonl").exists()
+    steps = [json.loads(line)["step"] for line in (run / "progress.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, last + 1)]  # none twice
+    runs.server.run(*words(runs, alone, *endless, "--exit-interval", str(last)), ranks=2)
+    assert losses(run) == losses(alone)
+
     early = Supervised(plan)
     early.wait_for_ranks(2)
-    time.sleep(0.5)  # Python's own start: nothing can be remembered before it
     early.process.send_signal(signal.SIGTERM)
-    said = early.wait(exits.PREEMPTED)
-    assert "step 11/" not in said and json.loads((run / "requeue").read_text())["step"] == 10
+    early.wait(exits.PREEMPTED)
+    assert json.loads((run / "requeue").read_text())["step"] == last and len(losses(run)) == last
 
     interrupted = Supervised(plan)
     interrupted.wait_for_ranks(2)
     interrupted.process.send_signal(signal.SIGINT)
     told = interrupted.wait(exits.INTERRUPTED, 30.0).splitlines()[-1]
-    assert told.startswith("xact: interrupted without saving: the same command goes on from step 10, the last")
-
-    Supervised(plan).wait(exits.FINISHED)
-    assert losses(run) == runs["tp2"].losses
-    assert not (run / "requeue").exists()
+    assert told.startswith(f"xact: interrupted without saving: the same command goes on from step {last}, the last")
 
 
 def test_launchers_of_two_nodes_start_again_together_after_a_kill(runs, tmp_path):

@@ -46,6 +46,7 @@ SINGLE = [Case(model, 1) for model in MODELS]
 CASES = [Case(model, 2, sp) for model in MODELS for sp in (False, True)]
 CASES += [Case(model, 4, sp) for model in ("xielu", "xielu-gqa2-tied", "xsilu_glu2-gqa") for sp in (False, True)]
 PLANTED = [Case("xielu", 2), Case("xielu", 2, True), Case("xielu", 4, True)]
+RECOMPUTED = [Case("xiprelu-layernorm-bias", 1), Case("xiprelu-layernorm-bias", 2, True)]
 HALF_PRECISION = [Case("xielu-gqa-qknorm", 2, True), Case("xielu", 4)]
 
 
@@ -103,17 +104,34 @@ def half_precision(case: Case, groups) -> dict:
     return found
 
 
+def recomputed(case: Case, groups) -> list[dict]:
+    """Every gradient of two microbatches, added up, without recomputation and with that of the MLPs."""
+    import tiny_gpt
+
+    name, _, changes = MODELS[case.model]
+    found = []
+    for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}):
+        model = tiny_gpt.build(
+            activations.get(name), groups, ddp=False, sequence_parallel=case.sequence_parallel, **changes, **recompute
+        )
+        for seed in (0, 1):
+            model(**tiny_gpt.batch(seed)).mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    return found
+
+
 def on_ranks(sizes: tuple[int, ...]) -> dict[str, dict[Case, dict]]:
     """Every case of these tensor-parallel sizes; "planted" has the tensor-parallel sum removed."""
     import tiny_gpt
 
     from megatron_xact.layers import activation
 
-    results = {"right": {}, "planted": {}, "bf16": {}}
+    results = {"right": {}, "planted": {}, "bf16": {}, "recomputed": {}}
     for tp in sizes:
         with tiny_gpt.model_parallel(tp) as groups:
             results["right"] |= {case: trained(case, groups) for case in SINGLE + CASES if case.tp == tp}
             results["bf16"] |= {case: half_precision(case, groups) for case in HALF_PRECISION if case.tp == tp}
+            results["recomputed"] |= {case: recomputed(case, groups) for case in RECOMPUTED if case.tp == tp}
             summed = activation.sum_gradients_over_tensor_parallel
             activation.sum_gradients_over_tensor_parallel = lambda p, group: p
             results["planted"] |= {case: trained(case, groups) for case in PLANTED if case.tp == tp}
@@ -124,7 +142,7 @@ def on_ranks(sizes: tuple[int, ...]) -> dict[str, dict[Case, dict]]:
 @pytest.fixture(scope="module")
 def results():
     """kind of `on_ranks` -> case -> what each rank found."""
-    table = {"right": {}, "planted": {}, "bf16": {}}
+    table = {"right": {}, "planted": {}, "bf16": {}, "recomputed": {}}
     for world, sizes in ((2, (1, 2)), (4, (4,))):  # no more ranks than needed: they are many for two cores
         by_rank = run_ranks(on_ranks, world, sizes)
         for kind, cases in table.items():
@@ -191,6 +209,14 @@ def test_trained_alphas_are_replicas_and_equal_tp1(results, single, case):
         assert found["guard"] == "replicas are equal"
 
 
+@pytest.mark.parametrize("case", RECOMPUTED, ids=str)
+def test_recomputed_mlps_with_biases_have_the_same_gradients_bit_for_bit(results, case):
+    """Upstream's own MLP recurses without end here: its checkpoint returns the bias, a parameter, as its output."""
+    for plain, again in results["recomputed"][case]:
+        assert plain.keys() == again.keys() and any(name.endswith("linear_fc2.bias") for name in plain)
+        assert all(torch.equal(gradient, again[name]) for name, gradient in plain.items())
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_model_learns(results, model):
     """Batch 0 is seen again at the end: gradients that were wrong everywhere alike would not lower its loss."""
@@ -236,3 +262,30 @@ def test_checkpoint_holds_one_replicated_alpha_per_layer(results, case):
             assert [entry[1:4] for entry in found] == [((2, 1), (layer, 0), torch.float32) for layer in (0, 1)]
         for layer in (0, 1):
             assert [entries[rank][layer][4] for rank in range(len(ranks))].count(True) == 1
+
+
+def attended() -> list[torch.Tensor]:
+    """Of the same query, key and value on every rank: with dropout, as what the tracker says, and without."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.enums import AttnMaskType
+    from tiny_gpt import model_parallel, transformer_config
+
+    from megatron_xact.layers.local import ScaledDotProductAttention
+    from megatron_xact.pretraining import cpu_platform
+
+    cpu_platform.activate()
+    with model_parallel(tp=2):
+        model_parallel_cuda_manual_seed(1)
+        torch.manual_seed(1)
+        core = ScaledDotProductAttention(transformer_config(), 1, AttnMaskType.causal, "self", attention_dropout=0.5)
+        x = torch.randn(16, 2, 4, 8)
+        before = torch.get_rng_state()
+        found = [core(x, x, x, None), core.eval()(x, x, x, None)]
+        assert torch.equal(torch.get_rng_state(), before), "the data's generator is drawn from"
+        return found
+
+
+def test_attention_drops_other_places_on_every_tensor_parallel_rank():
+    (here, whole), (there, whole_there) = run_ranks(attended, 2)
+    assert torch.equal(whole, whole_there)
+    assert not torch.equal(here, there) and not torch.equal(here, whole)

@@ -92,6 +92,38 @@ def first_step_in_bf16(groups) -> dict:
     return {name: (before[name], p.detach().clone()) for name, p in tiny_gpt.alphas(model).items()}
 
 
+def reloaded(times: int) -> list[list[float]]:
+    """Two alphas after each of STEPS steps at lr_mult 10 and decay 0.5, with the optimizer's state loaded so often.
+
+    In groups of their own, beside one that is decayed; lr changes at every step.
+    """
+    from torch.optim import optimizer as hooked
+
+    from megatron_xact.pretraining.optimizer_policy import apply_policy
+
+    alphas = [torch.nn.Parameter(torch.tensor([value])) for value in (0.7, 0.3)]
+    weight = torch.nn.Parameter(torch.ones(4))
+    groups = [{"params": [alpha], "weight_decay": 0.0} for alpha in alphas] + [{"params": [weight]}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    before = set(hooked._global_optimizer_pre_hooks), set(hooked._global_optimizer_post_hooks)
+    apply_policy(alphas, 10.0, 0.5)
+    found = []
+    for step in range(STEPS):
+        if step and step % (STEPS // (times + 1)) == 0 and times:
+            optimizer.load_state_dict(optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (STEPS - step)
+        for p in (*alphas, weight):
+            p.grad = torch.sin(p.detach() * (step + 1))
+        optimizer.step()
+        found.append([alpha.item() for alpha in alphas])
+    for hooks_there, known in zip((hooked._global_optimizer_pre_hooks, hooked._global_optimizer_post_hooks), before,
+                                  strict=True):  # fmt: skip
+        for key in set(hooks_there) - known:
+            del hooks_there[key]
+    return found
+
+
 def default_groups(groups) -> dict[str, float]:
     """alpha's name -> the weight decay of its group, as Megatron sets it up without any policy."""
     import tiny_gpt
@@ -129,6 +161,7 @@ def on_ranks() -> dict:
                 found["by hand"][case.lr_mult, case.weight_decay_mult] = by_hand(case, groups)
         found["hooks"] = hooks()
         found["bf16"] = first_step_in_bf16(groups)
+    found["reloaded"] = reloaded(0), reloaded(3)
     return found
 
 
@@ -187,3 +220,10 @@ def test_bf16_with_the_distributed_optimizer(results):
             assert torch.equal(after, results[0]["bf16"][name][1])
             step = (before - after).item() / (10 * 1e-3) - 0.05 * before.item()
             assert abs(step) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_goes_on_with_the_groups_that_loading_makes(results):
+    """torch puts new groups in the place of those the policy has seen; their learning rates are the ones that count."""
+    for found in results:
+        whole, resumed = found["reloaded"]
+        assert whole == resumed and whole[0] != whole[-1]

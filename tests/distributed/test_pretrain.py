@@ -23,6 +23,7 @@ BF16 = (2e-3, 3e-4)
 CURVES = [
     ("tp2", "one", FP32),
     ("tp2 sp", "one", FP32),
+    ("tp2 dropout", "one dropout", FP32),  # the guard looks, too: one mask on all tensor-parallel ranks
     ("dp2", "one", FP32),
     ("one@4 to pp2", "one", FP32),
     ("one@4 to tp2 pp2", "one", FP32),

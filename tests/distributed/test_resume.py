@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
-from training import MARKS, SAVED, STEPS, Trainings, deviations, trainings
+from training import MARKS, SAVED, STEPS, Run, Trainings, deviations, trainings
 
 from megatron_xact.pretraining.checks import check_checkpoint
+from megatron_xact.pretraining.config import load
 
 pytestmark = MARKS
 
@@ -51,6 +53,21 @@ def test_alphas_lie_in_the_checkpoint_as_layers_by_one_in_fp32(runs, name):
     for key in ("alpha_p", "alpha_n"):
         tensor = saved[f"decoder.layers.mlp.activation_func.{key}"]
         assert tuple(tensor.size) == (2, 1) and str(tensor.properties.dtype) == "torch.float32"
+
+
+def test_tokens_are_those_consumed_where_batches_vary(runs, server, tmp_path):
+    """Of 32-token sequences: 2 a step for 192 tokens, 4 until 448, then 8; ended and resumed on the way."""
+    one = load(runs.config)
+    fixed = ("global-batch-size", "train-iters", "lr-warmup-iters", "lr-wsd-decay-iters", "lr-decay-iters")
+    varying = {"step-batch-size-schedule": "0:2 192:4 448:8", "train-samples": 22, "lr-wsd-decay-samples": 8}
+    config, folder = tmp_path / "varying.toml", tmp_path / "run"
+    kept = {key: value for key, value in one.megatron.items() if key not in fixed}
+    config.write_text(replace(one, megatron=kept | varying).dump())
+    words = [str(config), "--save", str(folder), "--load", str(folder), "--data-cache-path", str(tmp_path / "cache")]
+    told = [server.run(*words, *ending) for ending in (["--exit-interval", "4"], [])]
+    records = Run(folder, 0, told[-1]).records("progress.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in records] == [32 * sequences for sequences in (2, 4, 6, 10, 14, 22)]
 
 
 def test_a_run_with_a_killed_rank_ends_in_failure_and_keeps_its_last_whole_checkpoint(runs):

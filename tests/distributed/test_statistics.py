@@ -176,14 +176,39 @@ def degenerate() -> dict:
     return probe.take()
 
 
+def launches() -> list[int]:
+    """Operations of torch, each about one kernel on a GPU, that measuring 1, 2 and 3 blocks of a layer takes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_xact.layers.activation import TrainableActivation
+    from megatron_xact.pretraining.statistics import BLOCK, Probe
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            counts[-1] += not operation.is_view
+            return operation(*args, **kwargs or {})
+
+    alone = [torch.distributed.new_group([r]) for r in range(2)][torch.distributed.get_rank()]
+    module, counts = TrainableActivation(activations.get("xielu"), alone), []
+    for blocks in (1, 2, 3):
+        counts.append(0)
+        with Probe(alone, alone).watching({1: module}):
+            x = torch.randn(blocks, 1, BLOCK).bfloat16()
+            with torch.no_grad(), Counting():
+                module(x)
+    return counts
+
+
 def on_ranks(folder: str) -> dict:
     import tiny_gpt
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import global_vars
 
     from megatron_xact.pretraining import statistics
 
     statistics.BLOCK = 1000  # a microbatch of these models is several, of unequal size
-    global_vars.set_args(SimpleNamespace(log_interval=100, train_iters=100, spec=None))
+    global_vars.set_args(SimpleNamespace(log_interval=100, train_iters=100, consumed_train_samples=0, spec=None))
+    init_num_microbatches_calculator(0, global_batch_size=2 * ROWS, micro_batch_size=ROWS, data_parallel_size=1)
     results, weights = {}, {name: {} for name in MODELS}
     for layout in LAYOUTS:
         with tiny_gpt.model_parallel(layout.tp, layout.pp) as groups:
@@ -191,7 +216,7 @@ def on_ranks(folder: str) -> dict:
                 for interval in (INTERVAL, 0):
                     where = Path(folder) / f"{name}-{layout}-{interval}"
                     results[name, layout, interval] = trained(name, layout, interval, where, groups, weights[name])
-    return results | {"tokens": tokens_shared(), "degenerate": degenerate()}
+    return results | {"tokens": tokens_shared(), "degenerate": degenerate(), "launches": launches()}
 
 
 # -- in the test's process --------------------------------------------------------------------------------------------
@@ -322,3 +347,10 @@ def test_a_layer_of_zeros_or_nan_is_told_as_such(runs):
     assert told["postact_fp8_error"] is None and told["postact_fp8_flushed"] is None
     assert finite(nan)["postact_rms"] is None and finite(nan)["preact_max"] is None
     assert set(told) == set(STATISTICS)
+
+
+def test_a_large_layer_takes_few_kernels(runs):
+    """24 layers of 8192 tokens x 8192 units are 24 x 16 blocks: launches would be most of a measurement's time."""
+    for rank in runs[1]:
+        one, two, three = rank["launches"]
+        assert two - one == three - two <= 40 and one <= 90

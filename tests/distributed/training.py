@@ -145,6 +145,8 @@ class Job:
 JOBS = {
     "one": Job(typed=True),
     "tp2": Job(TP2, 2, typed=True),
+    "one dropout": Job(("--hidden-dropout", "0.1")),
+    "tp2 dropout": Job((*TP2, "--hidden-dropout", "0.1"), 2),
     "tp2 sp": Job((*TP2, "--sequence-parallel"), 2),
     "dp2": Job(DISTRIBUTED, 2),
     # Megatron seeds every pipeline stage differently, so these start from another run's checkpoint, resharded.

@@ -29,7 +29,7 @@ def test_value_and_derivatives(name, dtype, moved):
         assert worst <= 1, f"{name} {key}: {worst:.2f} x the bound, at x = {at!r}"
         if dtype == "bf16" and key == "f":
             # where terms cancel to less than fp32 can tell, as xiprelu's do at -0.625, there is no sign to get right
-            told = true[key].abs() > ulp(largest_term(name, key, x.double(), p, true[key])) / 2
+            told = true[key].abs() > ulp(largest_term(record, key, x.double(), p, true[key])) / 2
             wrong = x[told & (ours[key].to(torch.bfloat16).sign() != true[key].to(torch.bfloat16).sign())]
             assert not len(wrong), f"{name}: wrong sign at x = {wrong[:5].tolist()}"
 

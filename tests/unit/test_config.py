@@ -540,6 +540,43 @@ def test_what_does_not_go_with_fp8(tiny, words, sets, message):
         validate(tiny.with_overrides(words, sets))
 
 
+NEEDS_TE = "needs TransformerEngine's layer, and this run has the local one (transformer-impl = 'local'); "
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--fp8-format", "hybrid"], NEEDS_TE + 'mlp = "fp8" in [xact] computes the MLPs in FP8 without it'),
+        (["--fp4-format", "e2m1"], NEEDS_TE + 'mlp = "fp8" in [xact]'),
+        (["--context-parallel-size", "2"], NEEDS_TE + "for long sequences use tensor-model-parallel-size"),
+        (["--window-size", "(8, 0)"], NEEDS_TE + "leave it out, for attention to all of the past"),
+        (["--softmax-type", "learnable"], NEEDS_TE),
+        (["--reset-attention-mask"], NEEDS_TE),
+        (["--apply-layernorm-1p"], NEEDS_TE),
+        (["--tp-comm-overlap"], "tp-comm-overlap = True needs TransformerEngine's layer"),
+        (["--num-experts", "8"], "mixture of experts (num-experts = 8) is not supported"),
+        (["--multi-latent-attention"], "multi-latent attention (multi-latent-attention = True) is not supported"),
+        (["--mtp-num-layers", "1"], "multi-token prediction (mtp-num-layers = 1) is not supported"),
+        (["--experimental-attention-variant", "dsa"], "(experimental-attention-variant = 'dsa') is not supported"),
+        (["--use-megatron-fsdp"], "use-megatron-fsdp is not supported: alphas"),
+        (["--use-torch-fsdp2"], "engine = 'deepspeed' in [xact] with zero-stage = 3 in [deepspeed] the parameters too"),
+        (["--ckpt-format", "torch"], "ckpt-format = 'torch' is not supported: such a run cannot be resumed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_the_layers_and_the_trainer_do_not_cover_is_told_before_a_start(tiny, words, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        validate(tiny.with_overrides(["--transformer-impl", "local", *words]), 2 if words[-1] == "2" else 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA graphs here")
+@pytest.mark.parametrize("words", [["--cuda-graph-impl", "local"], ["--enable-cuda-graph"]], ids=" ".join)
+def test_cuda_graphs_need_a_gpu(tiny, words):
+    with pytest.raises(ValueError, match="needs a GPU, which torch does not see here; leave CUDA graphs out"):
+        validate(tiny.with_overrides(words))
+
+
 def test_gradients_have_one_of_two_formats(tiny):
     assert tiny.with_overrides(sets=["fp8.gradients=e5m2"]).fp8.gradients == "e5m2"
     with pytest.raises(ValueError, match="gradients = 'e3m4' .*expected 'e4m3' or 'e5m2'"):

@@ -35,20 +35,23 @@ def ranks(*changes: dict) -> dict[int, Status]:
 # Signals
 
 
-def test_a_signal_is_remembered_and_acted_upon_later_and_handlers_are_given_back(monkeypatch):
+def test_a_signal_is_held_back_and_acted_upon_later_and_all_is_given_back(monkeypatch):
     monkeypatch.delenv("XACT_SIGNAL", raising=False)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    both = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in both], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     acted = []
     with signals.remembering():
         assert signals.received() is None
-        os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received() == "SIGUSR1"
         signals.when_received(lambda: acted.append("at once"))
+        assert acted == ["at once"]
+        signals.heed()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert acted == ["at once"] * 2
+        assert acted == ["at once"] * 4 and signals.received() == "SIGUSR1"
     assert signals.received() is None
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert ([signal.getsignal(number) for number in both], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
 
 
 def test_the_signal_is_the_launchers_choice(monkeypatch):
@@ -56,6 +59,40 @@ def test_the_signal_is_the_launchers_choice(monkeypatch):
     with signals.remembering():
         os.kill(os.getpid(), signal.SIGUSR2)
         assert signals.received() == "SIGUSR2"
+
+
+FAMILY = """
+import multiprocessing, os, signal, time
+from megatron_xact.pretraining import signals
+
+if __name__ == "__main__":
+    signals.hold_in_rank("SIGUSR1")
+    for number in signals.handled():
+        signal.signal(number, signal.SIG_DFL)
+    contexts = [multiprocessing.get_context(way) for way in ("spawn", "forkserver", "fork")]
+    queues = [context.Manager().Queue() for context in contexts]
+    workers = [context.Process(target=time.sleep, args=(600,), daemon=True) for context in contexts]
+    for worker in workers:
+        worker.start()
+    for number in signals.handled():
+        os.killpg(0, number)
+    time.sleep(1.0)
+    for queue in queues:
+        queue.put("alive")
+    print(signals.received(), [worker.is_alive() for worker in workers], [queue.get() for queue in queues])
+    raise KeyError("with workers left")
+"""
+
+
+def test_processes_that_a_rank_starts_outlive_its_signals_but_not_the_rank(tmp_path):
+    """Signals to all of them, as torchrun and SLURM send them; multiprocessing itself would then wait for 600 s."""
+    program = tmp_path / "family.py"
+    program.write_text(FAMILY)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(program)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert done.stdout.strip() == "SIGUSR1 [True, True, True] ['alive', 'alive', 'alive']", done.stderr[-3000:]
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'with workers left'\n"), done.stderr[-3000:]
 
 
 def test_the_supervisor_and_a_rank_before_its_config_import_nothing_heavy():
@@ -216,6 +253,28 @@ def test_what_follows_a_failure(tmp_path, how, setting, code):
     assert Supervisor(plan, Launcher(), Nodes(tmp_path, 0, 1))._decide("a", 1) == code
 
 
+# What rank 1 does; rank 0 ends well.
+ENDINGS = {
+    "it has told why": ("sys.exit(78)", exits.REPLICAS, ""),
+    "killed": ("os.kill(os.getpid(), 9)", exits.FAILED, "xact: error: a rank was ended by SIGKILL; with save"),
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_without_a_folder_the_ranks_exit_code_must_do(how, tmp_path, capsys, monkeypatch):
+    does, code, told = ENDINGS[how]
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, sys\nif os.environ['RANK'] == '1': {does}\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    supervisor = Supervisor(Plan([], None, per_node=2, program=[str(script)]), Launcher(), Nodes(None, 0, 1))
+    with signals.remembering():
+        assert supervisor.run() == code
+    err = capsys.readouterr().err
+    assert err.startswith(told) and err.count("\n") == bool(told)
+    assert supervisor._decide("a", returned=1) == exits.FAILED
+    assert capsys.readouterr().err.startswith("xact: error: a rank failed, see what it said; with save in [checkpoint]")
+
+
 def test_torchruns_exit_code_does_not_matter_where_all_ranks_ended_well(supervised):
     _, decide = supervised
     assert decide(ranks(DONE, DONE, DONE, DONE), returned=1) == exits.FINISHED
@@ -234,6 +293,33 @@ def test_a_preempted_run_goes_on_while_it_makes_progress(tmp_path, monkeypatch):
     assert codes == [exits.PREEMPTED] * 4 + [exits.FAILED]
     assert not (tmp_path / FLAG).exists()  # which a batch script may look for
     assert life(9, 0) == exits.PREEMPTED  # a person starts it again
+
+
+@pytest.mark.parametrize(
+    "error, saved, told",
+    [
+        (True, 4, "error: SIGUSR1 came, and rank 1 on n1, after step 7: KeyError; the same command goes on"),
+        (False, 4, "nothing saved since step 4 after SIGUSR1"),
+        (False, 8, "saved at step 8 after SIGUSR1"),
+    ],
+)
+def test_what_is_told_after_a_signal_is_what_is_saved(supervised, capsys, error, saved, told):
+    plan, decide = supervised
+    (plan.folder / TRACKER).write_text(str(saved))
+    ended = {"kind": "error", "reason": "KeyError", "signal": "SIGUSR1"} if error else DONE
+    if not error:
+        (plan.folder / FLAG).write_text(json.dumps({"signal": "SIGUSR1", "step": saved}))
+    assert decide(ranks(DONE, ended, DONE, DONE)) == exits.PREEMPTED
+    assert capsys.readouterr().err.startswith(f"xact: {told}")
+    assert json.loads((plan.folder / FLAG).read_text()) == {"signal": "SIGUSR1", "step": saved}
+    assert (plan.folder / "failures.jsonl").exists() == error
+
+
+def test_a_failure_after_every_signal_is_not_requeued_for_ever(supervised):
+    plan, decide = supervised
+    failed = ranks({"kind": "error", "reason": "KeyError", "signal": "SIGUSR1"}, DONE, DONE, DONE)
+    assert [decide(failed) for _ in range(3)] == [exits.PREEMPTED] * 2 + [exits.FAILED]
+    assert not (plan.folder / FLAG).exists()
 
 
 def test_restarts_are_counted_over_the_lives_of_a_job(tmp_path):

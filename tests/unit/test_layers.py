@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,6 +24,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_xact import activations
 from megatron_xact.layers import specs
 from megatron_xact.layers.activation import TrainableActivation
+from megatron_xact.layers.coverage import Unsupported
 from megatron_xact.layers.local import Norm, ScaledDotProductAttention
 
 FP32 = 1e-6  # relative, in norm, against fp64
@@ -214,7 +216,7 @@ def test_output_has_the_input_dtype_and_alpha_an_fp32_gradient(groups, dtype):
 def test_effective_values_are_what_was_asked_for(groups):
     asked = {"alpha_p": 1.25, "alpha_n": 0.75}
     module = TrainableActivation(activations.get("xielu", **asked), groups.tp)
-    assert module.effective_values() == pytest.approx(asked, rel=1e-6)
+    assert {n: v.item() for n, v in module.effective_values().items()} == pytest.approx(asked, rel=1e-6)
     assert TrainableActivation(activations.get("relu"), groups.tp).effective_values() == {}
 
 
@@ -265,6 +267,13 @@ def test_a_spec_says_that_it_is_in(groups, capsys):
     assert "trainable: none" in capsys.readouterr().out
 
 
+def test_a_spec_names_the_flag_whose_activation_it_replaces(groups, capsys):
+    specs.xielu(gpt(config(activation_func=squared_relu)))
+    assert "xielu in every MLP (in the place of --squared-relu), x > 0" in capsys.readouterr().out
+    specs.xielu(gpt(config()))
+    assert "in the place of" not in capsys.readouterr().out
+
+
 def test_a_spec_says_that_transformer_engine_is_missing(groups, capsys):
     if specs.HAVE_TE:
         pytest.skip("TransformerEngine is installed here")
@@ -291,5 +300,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("feature", REFUSED)
 def test_refuses_what_the_spec_does_not_cover(groups, feature):
-    with pytest.raises(ValueError, match=f"{feature}.* is not supported.*leave it out"):
+    with pytest.raises(Unsupported, match=f"{feature}.* is not supported.*leave it out"):
         specs.xielu(gpt(REFUSED[feature]()))
+
+
+@pytest.mark.parametrize("key, value", [("fp8", "hybrid"), ("window_size", (8, 0)), ("softmax_type", "off-by-one")])
+def test_refuses_what_the_local_layer_would_leave_out(groups, key, value):
+    """Through `--spec` too, where Megatron asks nobody before it trains without."""
+    transformer = config()
+    setattr(transformer, key, value)
+    with pytest.raises(Unsupported, match=r"needs Transf.*the local one \(transformer-impl = 'local'\)"):
+        specs.xielu(gpt(transformer))
