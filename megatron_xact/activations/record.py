@@ -8,6 +8,7 @@ carries d effective / d raw.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,13 @@ class Activation:
     eps: float = 0.0
     clamped: Callable[[Tensor, Values, float], Tensor] | None = None
     of_output: "Activation | None" = None
+
+    def __post_init__(self):
+        """key: the record as a string, {"name": "xielu", "trainable": ["alpha_p", "alpha_n"], "eps": 0.0, "init":
+        {"alpha_p": 0.8, ...}}. An attribute, since that is what torch.compile reads as a constant."""
+        trainable, init = [q.name for q in self.trainable], {q.name: q.init for q in self.parameters}
+        key = {"name": self.name, "trainable": trainable, "eps": self.eps, "init": init}
+        object.__setattr__(self, "key", json.dumps(key))
 
     @property
     def trainable(self) -> tuple[Parameter, ...]:

@@ -21,6 +21,8 @@ from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
 from megatron_xact.kernels import fp8
 from megatron_xact.kernels.fp8 import PerTensor, Quantized, gpu_has_fp8
+from megatron_xact.kernels.fp8_operators import NO_GRADIENT
+from megatron_xact.kernels.operators import library, without_gradient
 
 VALUES = torch.float8_e4m3fn  # of activations and weights
 GRADIENTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -29,11 +31,29 @@ MULTIPLE = 16  # of elements, in cuBLASLt's inner and last dimensions
 
 def product(a_MK: Tensor, a_scale_inv: Tensor, b_NK: Tensor, b_scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     """(a * a_scale_inv) @ (b * b_scale_inv)^T as [M, N] of this dtype. a, b: FP8, not both e5m2; factors: (1,) fp32."""
+    return _call_product(a_MK, a_scale_inv, b_NK, b_scale_inv, dtype)
+
+
+# operators, as `fp8`'s are: compiled, both would be made of other instructions and have other bits
+library.define("fp8_product(Tensor a, Tensor a_scale_inv, Tensor b, Tensor b_scale_inv, ScalarType dtype) -> Tensor")
+library.define("fp8_smoothing(Tensor activation_amax, Tensor weight_amax) -> Tensor")
+
+
+@torch.library.impl(library, "fp8_product", "CompositeExplicitAutograd")
+def _product(a_MK, a_scale_inv, b_NK, b_scale_inv, dtype):
     tiles = a_MK.shape[1] % MULTIPLE == b_NK.shape[0] % MULTIPLE == 0
     if a_MK.is_cuda and gpu_has_fp8(a_MK.device) and tiles:
         return torch._scaled_mm(a_MK, b_NK.T, scale_a=a_scale_inv, scale_b=b_scale_inv, out_dtype=dtype)
     wide = torch.bfloat16 if a_MK.is_cuda else torch.float32
-    return ((a_MK.to(wide) @ b_NK.to(wide).T).float() * (a_scale_inv * b_scale_inv)).to(dtype)
+    with torch._C._DisableAutocast():  # torch.autocast(..., enabled=False) takes 5 us more (measured on a CPU)
+        sums = a_MK.to(wide) @ b_NK.to(wide).T
+    return (sums.float() * (a_scale_inv * b_scale_inv)).to(dtype)
+
+
+@torch.library.register_fake("xact::fp8_product", lib=library)
+def _fake_product(a_MK, a_scale_inv, b_NK, b_scale_inv, dtype):
+    torch._check(a_MK.shape[1] == b_NK.shape[1], lambda: f"{a_MK.shape} and {b_NK.shape} differ in the inner dimension")
+    return a_MK.new_empty(a_MK.shape[0], b_NK.shape[0], dtype=dtype)
 
 
 def scaling_for(amax: Tensor, dtype: torch.dtype) -> PerTensor:
@@ -83,5 +103,18 @@ def smoothing(activation_amax: Tensor, weight_amax: Tensor) -> Tensor:
     SmoothQuant, arXiv:2211.10438, equation 4 with migration strength 1/2; in training, per-channel factors of an MLP's
     output: Fishman et al. 2024, arXiv:2409.12517 (Smooth-SwiGLU). 1 where either side is 0 or not finite.
     """
+    return _call_smoothing(activation_amax, weight_amax)
+
+
+@torch.library.impl(library, "fp8_smoothing", "CompositeExplicitAutograd")
+def _smoothing(activation_amax, weight_amax):
     exponent = ((weight_amax.log2() - activation_amax.log2()) / 2).round()
     return torch.where(exponent.isfinite(), exponent, 0.0).clamp(-60, 60).exp2()
+
+
+@torch.library.register_fake("xact::fp8_smoothing", lib=library)
+def _fake_smoothing(activation_amax, weight_amax):
+    return torch.empty_like(activation_amax)
+
+
+_call_product, _call_smoothing = (without_gradient(f"fp8_{name}", NO_GRADIENT) for name in ("product", "smoothing"))

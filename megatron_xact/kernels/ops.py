@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Grads, Values
 from megatron_xact.kernels import reference
 from megatron_xact.kernels.backends import backend_of, select_backend, triton_unavailable_reason
-from megatron_xact.kernels.keys import key_of, record_of
+from megatron_xact.kernels.keys import record_of
+from megatron_xact.kernels.operators import key_in_graph, library, without_gradient
 
-__all__ = ["apply_activation", "select_backend", "triton_unavailable_reason", "values_of"]
+__all__ = ["apply_activation", "learned_of", "select_backend", "stacked", "triton_unavailable_reason", "values_of"]
 
 
 def apply_activation(
@@ -38,41 +40,35 @@ def apply_activation(
     """
     if torch._C._are_functorch_transforms_active():  # torch.func (vmap, jvp, ...) differentiates the plain formula
         return reference.forward(activation, x, p, bias, scale)
-    learned = [p[q.symbol] for q in activation.trainable]
-    return torch.ops.xact.activation_forward(x, learned, bias, scale, _key(activation))
+    return torch.ops.xact.activation_forward(x, learned_of(activation, p), bias, scale, key_in_graph(activation))
 
 
-@torch.compiler.assume_constant_result
-def _key(activation: Activation) -> str:
-    return key_of(activation)
-
-
-# Defined key by key, and not by torch.library.custom_op, whose generic wrappers cost 130 us more per layer, forward and
-# backward (measured on a CPU), which a small model feels. torch.library.opcheck holds both to the same rules.
-_library = torch.library.Library("xact", "DEF")
-_library.define("activation_forward(Tensor x, Tensor[] learned, Tensor? bias, Tensor? scale, str key) -> Tensor")
-_library.define(
+library.define("activation_forward(Tensor x, Tensor[] learned, Tensor? bias, Tensor? scale, str key) -> Tensor")
+library.define(
     "activation_backward(Tensor dy, Tensor x, Tensor[] learned, Tensor? bias, Tensor? scale, str key)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.impl(_library, "activation_forward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "activation_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, learned: list[Tensor], bias: Tensor | None, scale: Tensor | None, key: str) -> Tensor:
     activation = record_of(key)
     return backend_of(activation, x).forward(activation, x, values_of(activation, learned), bias, scale).contiguous()
 
 
-@torch.library.impl(_library, "activation_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "activation_backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor, x: Tensor, learned: list[Tensor], bias: Tensor | None, scale: Tensor | None, key: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, gradients of the learned parameters [n], of bias, of scale); empty where there is none."""
     activation = record_of(key)
     result = backend_of(activation, x).backward(activation, x, values_of(activation, learned), dy, bias, scale)
-    sums = [result.parameters[q.symbol] for q in activation.trainable]
-    dp = torch.stack(sums) if sums else x.new_empty(0)
+    dp = stacked(activation, result.parameters, x)
     return result.dx.contiguous(), dp, _like(result.bias, bias, x), _like(result.scale, scale, x)
+
+
+def learned_of(activation: Activation, p: Values) -> list[Tensor]:
+    return [p[q.symbol] for q in activation.trainable]
 
 
 def values_of(activation: Activation, learned: Sequence[Tensor]) -> dict[str, Tensor | float]:
@@ -81,18 +77,23 @@ def values_of(activation: Activation, learned: Sequence[Tensor]) -> dict[str, Te
     return {q.symbol: next(values) if q.trainable else q.init for q in activation.parameters}
 
 
+def stacked(activation: Activation, gradients: Grads, x: Tensor) -> Tensor:
+    """Those of the learned parameters in their order, [n]."""
+    return torch.stack(learned_of(activation, gradients)) if activation.trainable else x.new_empty(0)
+
+
 def _like(gradient: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
 
 
-@torch.library.register_fake("xact::activation_forward", lib=_library)
+@torch.library.register_fake("xact::activation_forward", lib=library)
 def _fake_forward(x, learned, bias, scale, key):
     if not record_of(key).gated:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.register_fake("xact::activation_backward", lib=_library)
+@torch.library.register_fake("xact::activation_backward", lib=library)
 def _fake_backward(dy, x, learned, bias, scale, key):
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
@@ -101,6 +102,12 @@ def _fake_backward(dy, x, learned, bias, scale, key):
         x.new_empty(0) if bias is None else torch.empty_like(bias),
         x.new_empty(0) if scale is None else torch.empty_like(scale),
     )
+
+
+# asked for by somebody who records gradients in the backward pass: create_graph=True
+_call_backward = without_gradient(
+    "activation_backward", "activations have no second derivative here; differentiate activation.forward twice"
+)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -114,27 +121,11 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, bias, scale, *learned = ctx.saved_tensors
-        # gradients are recorded here only if someone asks for second derivatives (create_graph=True)
-        call = _RefusesSecondDerivative.apply if torch.is_grad_enabled() else _call_backward
-        dx, dp, dbias, dscale = call(dy, x, bias, scale, ctx.key, *learned)
+        dx, dp, dbias, dscale = _call_backward(dy, x, learned, bias, scale, ctx.key)
         dlearned = (dp[i].reshape(t.shape).to(t.dtype) for i, t in enumerate(learned))
         return dx, None if bias is None else dbias, None if scale is None else dscale, None, *dlearned
 
 
-def _call_backward(dy, x, bias, scale, key, *learned):
-    return torch.ops.xact.activation_backward(dy, x, learned, bias, scale, key)
-
-
-class _RefusesSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        return _call_backward(*args)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError("activations have no second derivative here; differentiate activation.forward twice")
-
-
-@torch.library.impl(_library, "activation_forward", "Autograd")
+@torch.library.impl(library, "activation_forward", "Autograd")
 def _autograd(x, learned, bias, scale, key):
     return _Differentiable.apply(x, bias, scale, key, *learned)

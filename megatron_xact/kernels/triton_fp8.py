@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
-from megatron_xact.kernels.fp8 import BLOCK, PerTensor, Quantized, QuantizedBackward, Scaling, scales_shape
+from megatron_xact.kernels.fp8_reference import BLOCK, PerTensor, Quantized, QuantizedBackward, Scaling, empty
 from megatron_xact.kernels.triton_launch import (
     constants,
     contiguous,
@@ -37,7 +37,9 @@ __all__ = ["backward", "backward_amax", "forward", "forward_amax", "serves"]
 # Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU.
 NUM_WARPS = 8
 NUM_WARPS_OF_PLAIN_GATED_BACKWARD = 16  # gated and nothing learned: there ptxas hoists what it can, and spills
-MAX_REGISTERS_OF_FORWARD = 160  # left alone, ptxas rather spills than pass 128
+# Forward, by whether scaling is blockwise: with 128 two programs fit a multiprocessor; left alone, ptxas rather spills
+# than pass that.
+MAX_REGISTERS_OF_FORWARD = {True: 128, False: 160}
 
 
 @triton.jit
@@ -195,7 +197,7 @@ def forward(
 ) -> Quantized:  # fmt: skip
     """As `fp8.forward`."""
     x, num_rows, num_columns = _matrix(activation, x)
-    y = _empty(num_rows, num_columns, x, scaling, dtype, rows, columns)
+    y = empty(num_rows, num_columns, x, scaling, dtype, rows, columns)
     amax = _launch_forward(activation, x, p, bias, y, scaling, dtype, multiplier)
     return y if amax is None else _with_amax(y, amax)
 
@@ -206,7 +208,7 @@ def backward(
 ) -> QuantizedBackward:  # fmt: skip
     """As `fp8.backward`."""
     x, num_rows, num_columns = _matrix(activation, x)
-    dx = _empty(num_rows, x.shape[-1], x, scaling, dtype, rows, columns)
+    dx = empty(num_rows, x.shape[-1], x, scaling, dtype, rows, columns)
     learned = [symbol for symbol, value in p.items() if isinstance(value, Tensor)]
     programs = _programs(num_rows, num_columns) * (1 + activation.gated)
     # zeros: of the two programs of a gated tile, one has no such sums
@@ -247,7 +249,7 @@ def _launch_forward(
     """Fills y and column_amax; the programs' largest |y| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
     grid, amax, scale, options = _launch(activation, x, p, _programs(rows, columns), scaling, dtype)
-    options["maxnreg"] = MAX_REGISTERS_OF_FORWARD
+    options["maxnreg"] = MAX_REGISTERS_OF_FORWARD[options["BLOCKWISE"]]
     if x.numel():
         with device_of(x):
             forward_kernel[grid](
@@ -296,22 +298,6 @@ def _matrix(activation: Activation, x: Tensor) -> tuple[Tensor, int, int]:
         raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(x.shape)}")
     x = x.reshape(-1, x.shape[-1]).contiguous()
     return x, x.shape[0], x.shape[1] // (1 + activation.gated)
-
-
-def _empty(rows: int, width: int, x: Tensor, scaling: Scaling, dtype: torch.dtype, by_row: bool, by_column: bool):
-    """A Quantized of [rows, width] to be filled; per tensor its scale_inv is there already."""
-    if isinstance(scaling, PerTensor):
-        scale_inv = 1.0 / scaling.scale
-        row_scale, column_scale = scale_inv, scale_inv
-    else:  # zeros: what pads the scales is not written
-        row_scale = x.new_zeros(scales_shape(rows, width), dtype=torch.float32) if by_row else None
-        column_scale = x.new_zeros(scales_shape(width, rows), dtype=torch.float32) if by_column else None
-    return Quantized(
-        x.new_empty(rows, width, dtype=dtype) if by_row else None,
-        x.new_empty(width, rows, dtype=dtype) if by_column else None,
-        row_scale if by_row else None,
-        column_scale if by_column else None,
-    )
 
 
 def _scales(q: Quantized, scaling: Scaling | None) -> tuple[Tensor | None, Tensor | None]:

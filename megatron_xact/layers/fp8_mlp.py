@@ -8,6 +8,9 @@ and operands that are needed transposed are quantized again in the backward pass
 With `smooth`, the activation's output is multiplied by one factor per channel before the cast, and fc2's weight by its
 inverse (`fp8_product.smoothing`); fc2's own gradient is divided by it again. The function is the same, its outliers
 are less.
+
+torch.compile makes one graph of it, with the bits of eager code, on one tensor-parallel rank and where weight gradients
+are not added into main_grad. Which way a layer goes must be decided by then: its first call is to be an eager one.
 """
 
 from __future__ import annotations

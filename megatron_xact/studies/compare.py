@@ -16,15 +16,14 @@ nat wrongly: in simulations with 0.27 and 0.16 the 95 % interval of m = 1.05 the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from scipy import optimize, special, stats
 
-from megatron_xact.studies import solver
-from megatron_xact.studies.fit import require
+from megatron_xact.studies import effects, solver
+from megatron_xact.studies.effects import Estimate, Trend, t_interval
+from megatron_xact.studies.fit import SIGNIFICANT, outlying, require
 from megatron_xact.studies.law import PARAMETERS, Array, Law, Problem
 from megatron_xact.studies.pairs import (
     Ids,
@@ -38,30 +37,7 @@ from megatron_xact.studies.pairs import (
     pair,
     ratio,
 )
-from megatron_xact.studies.table import Run, Table
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its interval; (nan, nan) where the runs allow none."""
-
-    value: float
-    low: float
-    high: float
-
-    def exp(self) -> Estimate:
-        return Estimate(*(float(np.exp(v)) for v in (self.value, self.low, self.high)))
-
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-
-@dataclass(frozen=True)
-class Trend:
-    """Does ln m change along a variable? `slope`: change of ln m per factor e."""
-
-    slope: Estimate
-    p: float
+from megatron_xact.studies.table import Run, Table, ratio_names
 
 
 @dataclass(frozen=True)
@@ -79,49 +55,32 @@ class Comparison:
     p: float  # of no difference
     difference: Estimate  # mean of the paired loss differences, other - baseline, nats
     by_size: dict[str, Estimate]
-    trends: dict[str, Trend]  # along "size" and "tokens per parameter"
+    by_tokens: dict[str, Estimate]  # per parameter
+    shares: dict[str, float]  # of the weight in `multiplier`, by size
+    trends: dict[str, Trend | str]  # along effects.SIZE and effects.TOKENS, or why that was not tested
     step_time: Estimate | None  # other / baseline
     wall_clock: Estimate | None  # multiplier of time
     law: Law
     form: str  # of the law
     params_ratio: Interval  # other / baseline, least and greatest
     flops_ratio: Interval | None
+    outliers: tuple[tuple[Run, Run], ...]  # pairs far from the others
+    without: Comparison | None = None  # those; None where there are none, or the rest is too little
 
     @property
     def detected(self) -> bool:
         return not self.multiplier.holds(1.0)
 
     @property
+    def changes_with(self) -> list[str]:
+        """The variables along which a trend was found: where there is one, no single number describes the pairs."""
+        return [name for name, t in self.trends.items() if isinstance(t, Trend) and t.p < SIGNIFICANT]
+
+    @property
     def excluded(self) -> float:
         """A deviation of m from 1, as a factor minus 1, that is excluded at the level; inf if none is."""
         low = self.multiplier.low  # 0: an open end of the interval
         return max(self.multiplier.high, 1 / low if low else np.inf) - 1
-
-
-@dataclass(frozen=True)
-class Effects:
-    """Of every cluster under each of B laws: x = sinh h [B, G] and its weight [B, G]; gamma [B]: of the laws."""
-
-    x: Array
-    weight: Array
-    gamma: Array
-
-    def mean(self) -> tuple[Array, Array]:
-        """Weighted mean and its standard error, [B]."""
-        total = self.weight.sum(1)
-        mean = (self.weight * self.x).sum(1) / total
-        scatter = (self.weight * (self.x - mean[:, None]) ** 2).sum(1) / (self.x.shape[1] - 1)
-        return mean, np.sqrt(scatter / total)
-
-    def slope(self, z: Array) -> tuple[Array, Array]:
-        """Weighted regression on z [G]: slope and its standard error, [B]."""
-        total = self.weight.sum(1, keepdims=True)
-        x = self.x - (self.weight * self.x).sum(1, keepdims=True) / total
-        z = z - (self.weight * z).sum(1, keepdims=True) / total
-        spread = (self.weight * z**2).sum(1)
-        slope = (self.weight * z * x).sum(1) / spread
-        left = (self.weight * (x - slope[:, None] * z) ** 2).sum(1) / (self.x.shape[1] - 2)
-        return slope, np.sqrt(left / spread)
 
 
 def compare(
@@ -136,12 +95,28 @@ def compare(
     """
     if baseline == other:
         raise ValueError(f"{baseline} cannot be compared with itself; seeds of one activation are not two activations")
-    if form == "auto":
-        tried = partial(compare, table, baseline, other, cluster=cluster, level=level, draws=draws, seed=seed,
-                        workers=workers)  # fmt: skip
-        free = tried(form="free")
-        at_bound = min(float(free.law.alpha), float(free.law.beta)) <= 1.01 * solver.EXPONENTS[0]
-        return tried(form="tied") if at_bound or not np.isfinite(free.excluded) else free
+    of = partial(_in_either_form if form == "auto" else partial(_in_form, form=form), baseline=baseline, other=other,
+                 cluster=cluster, level=level, draws=draws, seed=seed, workers=workers)  # fmt: skip
+    found = of(table)
+    if not found.outliers:
+        return found
+    out = {id(r) for both in found.outliers for r in both}
+    try:
+        return replace(found, without=of(table.where(lambda r: id(r) not in out)))
+    except ValueError:
+        return found
+
+
+def _in_either_form(table: Table, **asked) -> Comparison:
+    free = _in_form(table, form="free", **asked)
+    at_bound = min(float(free.law.alpha), float(free.law.beta)) <= 1.01 * solver.EXPONENTS[0]
+    return _in_form(table, form="tied", **asked) if at_bound or not np.isfinite(free.excluded) else free
+
+
+def _in_form(
+    table: Table, baseline: str, other: str, form: str, cluster: str, level: float, draws: int, seed: int,
+    workers: int | None,
+) -> Comparison:  # fmt: skip
     runs = table.only(baseline).runs + table.only(other).runs
     table = table.where(lambda r: r.activation in (baseline, other))
     pairs = pair(runs, baseline, other, table.name)
@@ -152,25 +127,26 @@ def compare(
                          f"{PARAMETERS[form]} parameters; {PARAMETERS[form] + 1} are the least")  # fmt: skip
     problem, phi, half = common_law(table, pairs, other, form)
     law = problem.law(phi)
-    ids, clustered_by = clusters(pairs, _x(law, pairs)[0], cluster)
+    ids, clustered_by = clusters(pairs, effects.of_pairs(law, pairs)[0], cluster)
     count = int(ids.max()) + 1
     if count < 2:
         raise ValueError(f"{table.name}: all pairs of {baseline} and {other} are one of the {clustered_by}; without a "
                          "second one nothing tells effect from noise")  # fmt: skip
     laws = problem.law(_refit(problem, phi, table, pairs, ids, draws, np.random.default_rng(seed), workers))
-    effects = _effects(laws, pairs, ids)
     value = 2 * half / float(law.gamma)
-    distribution = _mixture(*effects.mean(), laws.gamma, count - 1)
+    distribution = effects.mixture(*effects.of_clusters(laws, pairs, ids).mean(), laws.gamma, count - 1)
+    multiplier = effects.estimate(value, distribution, level)
     p = distribution(0.0)
     return Comparison(
         baseline=baseline, other=other, pairs=tuple(pairs), unpaired=len(table) - 2 * len(pairs), level=level,
-        clusters=count, clustered_by=clustered_by, multiplier=_estimate(value, distribution, level).exp(),
+        clusters=count, clustered_by=clustered_by, multiplier=multiplier.exp(),
         p=2 * min(p, 1 - p), difference=t_interval(differences(pairs), ids, level),
-        by_size=_by_size(law, laws, pairs, ids, level), trends=_trends(law, effects, laws, pairs, ids, level),
+        by_size=effects.by_group(law, laws, pairs, ids, [a.size for a, _ in pairs], level),
+        by_tokens=_by_tokens(law, laws, pairs, ids, level), shares=effects.shares(law, pairs),
+        trends=effects.trends(law, laws, pairs, ids, level),
         step_time=(time := _step_time(pairs, level)) and time.exp(),
-        wall_clock=time and _minus(_estimate(value, distribution, level), time).exp(), law=law,
-        form=form,
-        params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"),
+        wall_clock=time and _minus(multiplier, time).exp(), law=law, form=form,
+        params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"), outliers=_outliers(law, pairs),
     )  # fmt: skip
 
 
@@ -186,7 +162,7 @@ def common_law(table: Table, pairs: Pairs, other: str, form: str) -> tuple[Probl
     phi, half = found.phi[found.best], np.inf
     for _ in range(50):
         law = problem.law(phi)
-        x, weight = _x(law, pairs)
+        x, weight = effects.of_pairs(law, pairs)
         new = float(np.arcsinh((weight * x).sum() / weight.sum()))
         if abs(new - half) < 1e-10:
             break
@@ -196,14 +172,6 @@ def common_law(table: Table, pairs: Pairs, other: str, form: str) -> tuple[Probl
         problem = Problem.of(N, D, level + (L - level) * np.exp(side * half), form)
         phi = solver.minimise(phi[None], problem).phi[0]
     return problem, phi, half
-
-
-def _x(law: Law, pairs: Pairs) -> tuple[Array, Array]:
-    """sinh h by each pair and its weight: [n], or [B, n] for many laws. Corrects for params that are not equal."""
-    D_a, D_b = column_of(pairs, 0, "tokens"), column_of(pairs, 1, "tokens")
-    at_a, at_b = law.reducible(column_of(pairs, 0, "params"), D_a), law.reducible(column_of(pairs, 1, "params"), D_b)
-    middle = (at_a + at_b) / 2
-    return -(differences(pairs) - (at_b - at_a)) / (2 * middle), middle**2
 
 
 def _refit(
@@ -231,79 +199,17 @@ def tied_multiplier(table: Table, baseline: str, other: str) -> float:
 # -- estimates --------------------------------------------------------------------------------------------------------
 
 
-def _effects(laws: Law, pairs: Pairs, ids: Ids) -> Effects:
-    x, weight = _x(laws, pairs)
-    member = np.eye(int(ids.max()) + 1)[ids]
-    total = weight @ member
-    return Effects((weight * x) @ member / total, total, laws.gamma)
+def _by_tokens(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float) -> dict[str, Estimate]:
+    names = ratio_names([a for a, _ in pairs])
+    found = effects.by_group(law, laws, pairs, ids, names, level)
+    return {name: found[name] for name in sorted(found, key=float)}
 
 
-def _mixture(mean: Array, error: Array, gamma: Array, freedom: int) -> Callable[[float], float]:
-    """Distribution function of ln m: under each law t around its mean, laws equally likely."""
-    error = np.maximum(error, 1e-12)
-    return lambda log_m: float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
-
-
-def _estimate(value: float, distribution: Callable[[float], float], level: float) -> Estimate:
-    def quantile(q: float) -> float:
-        width = 0.01
-        while not (distribution(value - width) < q < distribution(value + width)):
-            width *= 2
-            if width > 20:  # a factor of 5e8: these runs say nothing
-                return -np.inf if q < 0.5 else np.inf
-        return optimize.brentq(lambda v: distribution(v) - q, value - width, value + width, xtol=1e-10)
-
-    return Estimate(value, quantile((1 - level) / 2), quantile((1 + level) / 2))
-
-
-def t_interval(values: Array, ids: Ids, level: float) -> Estimate:
-    """Of the mean over clusters, which are independent of each other; a cluster weighs the same whatever its size."""
-    means = np.bincount(ids, values) / np.bincount(ids)
-    center = float(means.mean())
-    if len(means) < 2:
-        return Estimate(center, np.nan, np.nan)
-    half = stats.t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
-    return Estimate(center, center - half, center + half)
-
-
-def _by_size(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float
-             ) -> dict[str, Estimate]:  # fmt: skip
-    """m at each size, with the scatter within sizes pooled: one size alone has too few pairs to know its own."""
-    main, effects = _effects(law[None], pairs, ids), _effects(laws, pairs, ids)
-    size_of = {int(i): a.size for i, (a, _) in zip(ids, pairs, strict=True)}
-    sizes = list(dict.fromkeys(size_of.values()))
-    groups = [np.array([c for c in size_of if size_of[c] == s]) for s in sizes]
-    freedom = effects.x.shape[1] - len(sizes)
-    means = [(effects.weight[:, g] * effects.x[:, g]).sum(1) / effects.weight[:, g].sum(1) for g in groups]
-    scatter = sum((effects.weight[:, g] * (effects.x[:, g] - m[:, None]) ** 2).sum(1)
-                  for g, m in zip(groups, means, strict=True))  # fmt: skip
-    found = {}
-    for size, g, mean in zip(sizes, groups, means, strict=True):
-        x = (main.weight[0, g] * main.x[0, g]).sum() / main.weight[0, g].sum()
-        value = float(2 * np.arcsinh(x) / law.gamma)
-        if freedom < 1:
-            found[size] = Estimate(value, np.nan, np.nan).exp()
-            continue
-        error = np.sqrt(scatter / freedom / effects.weight[:, g].sum(1))
-        found[size] = _estimate(value, _mixture(mean, error, laws.gamma, freedom), level).exp()
-    return found
-
-
-def _trends(law: Law, effects: Effects, laws: Law, pairs: Pairs, ids: Ids, level: float
-            ) -> dict[str, Trend]:  # fmt: skip
-    main = _effects(law[None], pairs, ids)
-    log_N, log_D = np.log(column_of(pairs, 0, "params")), np.log(column_of(pairs, 0, "tokens"))
-    found = {}
-    for name, z in (("size", log_N), ("tokens per parameter", log_D - log_N)):
-        z = np.bincount(ids, z) / np.bincount(ids)
-        if len(z) < 3 or np.ptp(z) < 0.05:
-            continue
-        slope, error = effects.slope(z)
-        value = float(2 * main.slope(z)[0][0] / law.gamma)
-        distribution = _mixture(slope, error, laws.gamma, len(z) - 2)
-        below = distribution(0.0)
-        found[name] = Trend(_estimate(value, distribution, level), 2 * min(below, 1 - below))
-    return found
+def _outliers(law: Law, pairs: Pairs) -> tuple[tuple[Run, Run], ...]:
+    """By the rule of fits, for what a pair's difference is away from that of a typical pair, in nats."""
+    x, weight = effects.of_pairs(law, pairs)
+    away = 2 * np.sqrt(weight) * (x - np.median(x))
+    return tuple(both for both, out in zip(pairs, outlying(away), strict=True) if out)
 
 
 def _step_time(pairs: Pairs, level: float) -> Estimate | None:

@@ -10,9 +10,11 @@ from scipy import stats
 
 from megatron_xact.studies import solver
 from megatron_xact.studies.law import FORMS, PARAMETERS, Array, Law, Problem, identifiable, information
-from megatron_xact.studies.table import Table, budgets, format_count
+from megatron_xact.studies.pairs import number
+from megatron_xact.studies.table import Table, budgets, format_count, plural, ratio_names
 
 Mask = NDArray[np.bool_]
+SIGNIFICANT = 0.05  # p below which something is called found
 QUANTITIES = ("E", "A", "B", "alpha", "beta", "a_opt", "gamma")
 
 
@@ -90,8 +92,9 @@ def require(table: Table, what: str, form: str = "tied") -> None:
     N, D = table.array("params"), table.array("tokens")
     least = PARAMETERS[form] + 1
     if len(table) < least:
-        raise ValueError(f"{what}: {len(table)} runs are too few for a law with {PARAMETERS[form]} parameters; {least} "
-                         "are the least, and 3 sizes x 3 token budgets a start")  # fmt: skip
+        count = f"{plural(len(table), 'run')} {'is' if len(table) == 1 else 'are'}"
+        raise ValueError(f"{what}: {count} too few for a law with {PARAMETERS[form]} parameters; {least} are "
+                         "the least, and 3 sizes x 3 token budgets a start")  # fmt: skip
     if len(table.sizes) < 3:
         raise ValueError(f"{what}: {_names(table.sizes, 'size')}; a law in N needs at least 3")
     per_size = [len({b for r, b in zip(table.runs, budgets(table.runs), strict=True) if r.size == s})
@@ -134,7 +137,7 @@ def fit(
     residuals = relative_errors(law, table)
     weights, redrawn = resample(table, chosen, bootstraps, np.random.default_rng(seed))
     draws = problem.law(solver.minimise(np.tile(phi, (bootstraps, 1)), problem, weights=weights, workers=workers).phi)
-    outliers = _outliers(residuals)
+    outliers = outlying(residuals)
     return Fit(
         table=table, form=chosen, why=why, law=law, objective=float(least), gradient=float(found.gradient[found.best]),
         starts=(int((found.objective <= least * (1 + 1e-9) + 1e-9).sum()), len(found.objective)),
@@ -179,13 +182,41 @@ def _choose(form: str, trials: tuple[Trial, ...], table: Table) -> tuple[str, st
     if form != "auto":
         return form, "as asked"
     by_form = {t.form: t for t in trials}
-    if not by_form:
-        return "tied", f"{len(table.sizes)} sizes are too few to hold one out; the tied form extrapolates better"
     if "free" not in by_form:
-        return "tied", "without the largest sizes the runs do not determine two exponents"
+        return _choose_by_noise(table, f"{len(table.sizes)} sizes are too few to hold one out" if not by_form else
+                                "without the largest sizes the runs do not determine two exponents")  # fmt: skip
     best = min(trials, key=lambda t: (t.rms, t.form != "tied"))
     told = ", ".join(f"{t.form} {t.rms:.2%}" for t in trials)
     return best.form, f"predicts {' and '.join(best.held_out)} better from the smaller sizes (rms error: {told})"
+
+
+def _choose_by_noise(table: Table, why: str) -> tuple[str, str]:
+    """Tied, unless seeds show that it misses what the free form does not."""
+    p = {form: lack_of_fit(relative_errors(solve(table, form), table), table, form) for form in FORMS
+         if identifiable(table.array("params"), table.array("tokens"), form)}  # fmt: skip
+    tied, free = p["tied"], p.get("free")
+    if tied is None:
+        return "tied", f"{why}, and no seeds repeat to choose by; the tied form extrapolates better"
+    if tied >= SIGNIFICANT:
+        return "tied", f"{why}; seeds do not contradict it (p = {tied:.2g}), and it extrapolates better"
+    if free is None or (free < SIGNIFICANT and tied > SIGNIFICANT * free):
+        both = "" if free is None else f", and the free one too (p = {free:.2g})"
+        return "tied", f"{why}; but it misses these runs by more than their noise (p = {tied:.2g}){both}"
+    does = "does not" if free >= SIGNIFICANT else "by far less"
+    return "free", (f"{why}; the tied form misses these runs by more than their noise (p = {tied:.2g}), the free one "
+                    f"{does} (p = {free:.2g})")  # fmt: skip
+
+
+def lack_of_fit(residuals: Array, table: Table, form: str) -> float | None:
+    """p of the F test of misfit against the noise between seeds; None where no cell has two, or none tests the law."""
+    cells = number([(r.size, b) for r, b in zip(table.runs, budgets(table.runs), strict=True)])
+    counts = np.bincount(cells)
+    means = np.bincount(cells, residuals) / counts
+    misfit, noise = (counts * means**2).sum(), ((residuals - means[cells]) ** 2).sum()
+    freedom = len(counts) - PARAMETERS[form], len(residuals) - len(counts)
+    if min(freedom) < 1:
+        return None
+    return float(stats.f.sf(misfit / freedom[0] / max(noise / freedom[1], 1e-18), *freedom))
 
 
 # -- uncertainty ------------------------------------------------------------------------------------------------------
@@ -236,9 +267,13 @@ def profile_of_E(problem: Problem, phi: Array, drawn: Array, points: int = 30) -
     return E, value
 
 
-def _outliers(residuals: Array) -> Mask:
-    """The rule, stated before looking: more than 5 robust standard deviations (1.4826 x the median) from the law."""
-    return np.abs(residuals) > 5 * 1.4826 * max(np.median(np.abs(residuals)), 1e-4)
+def robust_sd(residuals: Array) -> float:
+    return 1.4826 * max(float(np.median(np.abs(residuals))), 1e-4)
+
+
+def outlying(residuals: Array) -> Mask:
+    """The rule, stated before looking: more than 5 robust standard deviations (1.4826 x the median) off."""
+    return np.abs(residuals) > 5 * robust_sd(residuals)
 
 
 def _without(table: Table, form: str, outliers: Mask) -> Law | None:
@@ -262,13 +297,27 @@ def residuals_by(fit: Fit, key: str) -> list[tuple[str, int, float, float]]:
         groups = [r.size for r in runs]
         order = fit.table.sizes
     else:
-        groups = [f"{float(f'{r.tokens / r.params:.2g}'):g}" for r in runs]
+        groups = ratio_names(runs)
         order = sorted(set(groups), key=float)
     rows = []
     for group in order:
         values = fit.residuals[[g == group for g in groups]]
         rows.append((group, len(values), float(values.mean()), float(np.sqrt((values**2).mean()))))
     return rows
+
+
+def fails_at(fit: Fit) -> list[tuple[str, int, float]]:
+    """(tokens per parameter, runs, mean residual) where the law is off by more than noise explains, at 5 % for all
+    groups together. Noise: that between seeds, or where none repeat the robust spread about the law.
+    """
+    noise = seed_noise(fit.table)
+    if noise:
+        sd, freedom = noise[0] / float(fit.table.array("loss").mean()), noise[1]
+    else:
+        sd, freedom = robust_sd(fit.residuals), len(fit.residuals) - PARAMETERS[fit.form]
+    groups = residuals_by(fit, "tokens per parameter")
+    limit = max(sd, 1e-4) * float(stats.t.isf(SIGNIFICANT / 2 / len(groups), freedom))
+    return [(name, runs, mean) for name, runs, mean, _ in groups if abs(mean) > limit / np.sqrt(runs)]
 
 
 def seed_noise(table: Table) -> tuple[float, int] | None:
@@ -313,11 +362,12 @@ def progress(parts: list, what: str):
 
 
 def describe(table: Table) -> str:
-    """'30 runs: 5 sizes 190M .. 3B, 5e9 .. 6e11 tokens'."""
+    """'30 runs, 5 sizes 190M..3.17B, tokens 1.9B..634B (10..200 per parameter)'."""
     D = table.array("tokens")
     sizes = table.sizes
     N = table.array("params")
+    params, tokens = (f"{format_count(v.min())}..{format_count(v.max())}" for v in (N, D))
     return (
-        f"{len(table)} runs, {len(sizes)} sizes {format_count(N.min())}..{format_count(N.max())}, "
-        f"tokens {D.min():.3g}..{D.max():.3g} ({(D / N).min():.3g}..{(D / N).max():.3g} per parameter)"
+        f"{plural(len(table), 'run')}, {plural(len(sizes), 'size')} {params}, tokens {tokens} "
+        f"({(D / N).min():.3g}..{(D / N).max():.3g} per parameter)"
     )

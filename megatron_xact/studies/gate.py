@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xact.studies import curves
-from megatron_xact.studies.compare import Estimate, t_interval
+from megatron_xact.studies.effects import Estimate, t_interval
 from megatron_xact.studies.law import Array
 from megatron_xact.studies.state import report_of
 

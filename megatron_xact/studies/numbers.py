@@ -11,7 +11,8 @@ import numpy as np
 
 from megatron_xact.studies import fit as fitting
 from megatron_xact.studies import isoflop
-from megatron_xact.studies.compare import Comparison, Estimate
+from megatron_xact.studies.compare import Comparison
+from megatron_xact.studies.effects import Estimate
 from megatron_xact.studies.fit import QUANTITIES, Fit
 from megatron_xact.studies.pairs import column_of, differences
 
@@ -57,6 +58,8 @@ def of_fit(fit: Fit, flops: list[float]) -> dict:
         "residuals_by_size": _groups(fit, "size"),
         "residuals_by_tokens_per_parameter": _groups(fit, "tokens per parameter"),
         "seed_noise": noise and {"sd": noise[0], "degrees_of_freedom": noise[1]},
+        "misfit_p": fitting.lack_of_fit(fit.residuals, fit.table, fit.form),
+        "fails_at_tokens_per_parameter": [name for name, *_ in fitting.fails_at(fit)],
         "outliers": int(fit.outliers.sum()),
         "without_outliers": fit.robust
         and {q: float(fitting.quantity_of(fit.robust, q)) for q in QUANTITIES},
@@ -89,10 +92,16 @@ def of_comparison(c: Comparison, tied: float) -> dict:
         "multiplier": _estimate(c.multiplier),
         "p_no_difference": c.p,
         "detected": c.detected,
-        "excluded_beyond": c.excluded,
+        "excluded_beyond": None if c.changes_with else c.excluded,
         "loss_difference": _estimate(c.difference),
         "by_size": {size: _estimate(e) for size, e in c.by_size.items()},
-        "trends": {name: {"change_per_factor_e": _estimate(t.slope), "p": t.p} for name, t in c.trends.items()},
+        "by_tokens_per_parameter": {name: _estimate(e) for name, e in c.by_tokens.items()},
+        "share_of_weight": c.shares,
+        "trends": {name: {"not_tested": t} if isinstance(t, str) else
+                   {"change_per_factor_e": _estimate(t.slope), "p": t.p} for name, t in c.trends.items()},
+        "outliers": [{"size": a.size, "tokens": a.tokens, "seed": a.seed, "loss_baseline": a.loss,
+                      "loss_other": b.loss} for a, b in c.outliers],
+        "multiplier_without_outliers": c.without and _estimate(c.without.multiplier),
         "step_time": c.step_time and _estimate(c.step_time),
         "wall_clock_multiplier": c.wall_clock and _estimate(c.wall_clock),
         "params_ratio": c.params_ratio,
@@ -131,6 +140,7 @@ def multiplier_rows(comparisons: list[Comparison]) -> list[list]:
     rows = [["baseline", "other", "what", "value", "low", "high"]]
     for c in comparisons:
         found = {"compute": c.multiplier, **{f"compute at {size}": e for size, e in c.by_size.items()}}
+        found |= {f"compute at {ratio} tokens per parameter": e for ratio, e in c.by_tokens.items()}
         found |= {"step time": c.step_time} if c.step_time else {}
         found |= {"wall clock": c.wall_clock} if c.wall_clock else {}
         for what, e in found.items():

@@ -15,8 +15,9 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from megatron_xact.studies import isoflop
-from megatron_xact.studies.compare import Comparison, Estimate
+from megatron_xact.studies.compare import Comparison
 from megatron_xact.studies.curves import Curves
+from megatron_xact.studies.effects import TOKENS, Estimate
 from megatron_xact.studies.fit import Fit, seed_noise
 from megatron_xact.studies.law import Array
 from megatron_xact.studies.pairs import differences
@@ -125,18 +126,19 @@ def residuals(fits: dict[str, Fit], path: Path) -> None:
         for row, (activation, f) in zip(axes, fits.items(), strict=True):
             N, D = f.table.array("params"), f.table.array("tokens")
             shade = shades(f.table.sizes)
-            colour = [shade[r.size] for r in f.table.runs]
             noise = seed_noise(f.table)
             for ax, x, what in ((row[0], N, "parameters"), (row[1], D / N, "tokens per parameter")):
-                ax.scatter(x, 100 * f.residuals, c=colour, s=20, zorder=3)
+                for size in f.table.sizes:
+                    those = [r.size == size for r in f.table.runs]
+                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size], label=size)
                 ax.axhline(0, color="0.4", lw=0.8)
                 if noise:
                     band = 200 * noise[0] / f.table.array("loss").mean()
                     ax.axhspan(-band, band, color="0.85", zorder=0, label="2 sd between seeds")
-                    ax.legend(fontsize=8)
                 ax.set(xscale="log", xlabel=what, ylabel="law - measured (%)", title=f"{activation}, {f.form} form")
             _plain_ticks(row[0], N)
             _plain_ticks(row[1], D / N)
+            row[1].legend(title="parameters", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def profiles(fits: dict[str, Fit], path: Path) -> None:
@@ -161,33 +163,67 @@ def isoflops(fits: dict[str, Fit], path: Path) -> None:
             for p, colour in zip(parabolas, shade.values(), strict=True):
                 line = np.geomspace(p.params.min() / 1.2, p.params.max() * 1.2, 80)
                 ax.plot(p.params, p.losses, "o", ms=4.5, color=colour)
-                ax.plot(line, np.polyval(p.coefficients, np.log(line)), lw=1, color=colour, label=f"{p.flops:.2g}")
+                ax.plot(line, np.polyval(p.coefficients, np.log(line)), lw=1, color=colour,
+                        label=f"{p.flops:.2g}" + (", exact" if len(p.params) == 3 else ""))  # fmt: skip
                 if p.optimum:
                     ax.plot(p.optimum, np.polyval(p.coefficients, np.log(p.optimum)), "*", ms=10, color=colour)
             ax.set(xlabel="parameters", ylabel="loss, interpolated (nats)", title=activation)
             _plain_ticks(ax, np.concatenate([p.params for p in parabolas]))
-            ax.legend(title="FLOPs", fontsize=8, title_fontsize=8)
+            exact = any(len(p.params) == 3 for p in parabolas)
+            ax.legend(title="FLOPs (exact: through three points,\nany three lie on a parabola)" if exact else "FLOPs",
+                      fontsize=8, title_fontsize=8)  # fmt: skip
 
 
 def multipliers(comparisons: Sequence[Comparison], path: Path) -> None:
-    """A row per comparison and size, with intervals; the line at 1 is no difference."""
+    """A row per comparison, size and, where it matters, tokens per parameter; the line at 1 is no difference."""
     rows: list[tuple[str, Estimate, str, str]] = []
     for i, c in enumerate(comparisons):
         rows.append((f"{c.other}: compute", c.multiplier, f"C{i}", "D"))
         rows += [(f"at {size}", e, f"C{i}", "o") for size, e in c.by_size.items()]
+        if TOKENS in c.changes_with:
+            rows += [(f"at {ratio} tokens / parameter", e, f"C{i}", "^") for ratio, e in c.by_tokens.items()]
         if c.wall_clock:
             rows.append(("wall clock", c.wall_clock, f"C{i}", "s"))
+    low, high = _reach([e for _, e, *_ in rows])
     with figure(path, size=(7.4, 0.9 + 0.3 * len(rows))) as axes:
         ax = axes[0, 0]
         for y, (_, e, colour, marker) in enumerate(rows):
-            if np.isfinite([e.low, e.high]).all():
-                ax.plot([e.low, e.high], [y, y], color=colour, lw=2.4 if marker == "D" else 1.2)
-            ax.plot(e.value, y, marker, color=colour, ms=6 if marker == "D" else 4)
+            if not np.isnan(e.low):
+                ends = np.clip([e.low, e.high], low, high)
+                ax.plot(ends, [y, y], color=colour, lw=2.4 if marker == "D" else 1.2)
+            for beyond, end, arrow in ((min(e.low, e.value) < low, low, "<"), (max(e.high, e.value) > high, high, ">")):
+                if beyond:
+                    ax.plot(end, y, arrow, color=colour, ms=7, clip_on=False)
+            if low <= e.value <= high:
+                ax.plot(e.value, y, marker, color=colour, ms=6 if marker == "D" else 4)
         ax.axvline(1, color="0.3", lw=1, ls="--")
         ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
         ax.invert_yaxis()
-        ax.set(xlabel=f"multiplier against {comparisons[0].baseline}; above 1: worth that much more compute",
-               title=f"{comparisons[0].level:.0%} intervals")  # fmt: skip
+        notes = [f"{comparisons[0].level:.0%} intervals"]
+        if any(min(e.low, e.value) < low or max(e.high, e.value) > high for _, e, *_ in rows):
+            notes.append("an arrow: beyond this axis")
+        if any(np.isnan(e.low) for _, e, *_ in rows):
+            notes.append("no line: one cluster each, interval unknown")
+        above = "above 1: worth that much more compute"
+        ax.set(xscale="log", xlim=(low, high), title="; ".join(notes),
+               xlabel=f"multiplier against {comparisons[0].baseline}; {above}")  # fmt: skip
+        narrow = high < 10 * low
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(8) if narrow else ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _reach(shown: Sequence[Estimate]) -> tuple[float, float]:
+    """Of an axis of multipliers: usual intervals are inside; one far wider does not shrink the rest."""
+    value = np.log([e.value for e in shown])
+    with np.errstate(divide="ignore"):
+        low, high = np.log([e.low for e in shown]), np.log([e.high for e in shown])
+    width = high - low
+    usual = np.nanmedian(width) if not np.isnan(width).all() else 0.0
+    fits = ~(width > 4 * usual) & np.isfinite(value)
+    least, most = np.nanmin(np.fmin(value, low)[fits], initial=0.0), np.nanmax(np.fmax(value, high)[fits], initial=0.0)
+    margin = 0.05 * (most - least) + 1e-3
+    return float(np.exp(least - margin)), float(np.exp(most + margin))
 
 
 def pairs(comparisons: Sequence[Comparison], path: Path) -> None:

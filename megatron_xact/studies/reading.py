@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import math
 import os
 import re
@@ -27,7 +29,7 @@ class Source:
     def read(self, row: dict[str, str]) -> str:
         if self.constant is not None:
             return str(self.constant)
-        text = (row[self.column] or "").strip()
+        text = row[self.column]
         if self.pattern:
             match = re.search(self.pattern, text)
             return (match.group(1) or "" if match.re.groups else "1") if match else "0"
@@ -121,30 +123,32 @@ def read(paths: Path | Sequence[Path], mapping: Mapping | None = None, folder: P
 def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
     if not path.exists():
         raise ValueError(f"no such table: {path}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        try:
-            reader = csv.DictReader(file)
-            header, rows = list(reader.fieldnames or []), list(reader)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
-    if not header:
-        raise ValueError(f"{path} is empty; a table has a header and a row per run")
+    header, rows = _cells(path)
     sources = {name: Source(name) for name in COLUMNS if name in header} | mapping.sources
     for name, source in sources.items():
         if source.constant is None and source.column not in header:
-            raise ValueError(f"{path} has no column {source.column!r} for {name}; it has {', '.join(header)}")
+            raise ValueError(f"{path} has no column {source.column!r} for {name}; it has {', '.join(header)}"
+                             + _near(source.column, header, name))  # fmt: skip
     for name, column in COLUMNS.items():
         if column.metadata["required"] and name not in sources:
             raise ValueError(
-                f"{path} has no column {name!r} ({column.metadata['about']}); it has {', '.join(header)}. "
-                f"Say which one it is: --columns {name}=COLUMN"
+                f"{path} has no column {name!r} ({column.metadata['about']}); it has {', '.join(header)}"
+                + (_near(name, header, name) or f". Say which one it is: --columns {name}=COLUMN")
             )
     for column, _, _ in mapping.where:
         if column not in header:
             raise ValueError(f"{path} has no column {column!r} to choose rows by; it has {', '.join(header)}")
+    for column in {s.column for s in sources.values() if s.constant is None} | {c for c, *_ in mapping.where}:
+        if header.count(column) > 1:
+            raise ValueError(f"{path.name} line 1: {header.count(column)} columns are called {column!r}; a column that "
+                             "is used needs a name of its own")  # fmt: skip
     prefix = f"{path.name} " if several else ""
     runs, bad = [], {}
-    for number, row in enumerate(rows, start=2):
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(f"{path.name} line {number} has {len(cells)} cells, but the header has {len(header)}; a "
+                             "row has one for each column: quote cells that hold the separator")  # fmt: skip
+        row = dict(zip(header, cells, strict=True))
         if all((row[column] in values) == equal for column, equal, values in mapping.where):
             run, wrong = _read_row(row, sources, f"{prefix}line {number}")
             runs.append(run)
@@ -160,6 +164,37 @@ def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
     if header != list(COLUMNS):  # those that `Table` wrote have plain counts
         _check_units(runs, sources, path.name)
     return runs
+
+
+def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header, and the rows that are not blank with their line numbers; cells without spaces around them.
+
+    Spreadsheets separate by comma, semicolon or tab, by country: the one that is most often in the header counts. A
+    wrong guess cannot misread a number, since rows must fit the header and a decimal comma is no number.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not a CSV file in UTF-8: line {line} has the byte 0x{data[error.start]:02x}; save "
+                         f"it as UTF-8, e.g. iconv -f latin1 -t utf-8 {path.name}") from None  # fmt: skip
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        table = [[cell.strip() for cell in row] for row in lines]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not table or not any(table[0]):
+        raise ValueError(f"{path} is empty; a table has a header and a row per run")
+    return table[0], [(number, row) for number, row in enumerate(table[1:], start=2) if row]
+
+
+def _near(wanted: str, header: list[str], name: str) -> str:
+    """What to say of a column that is nearly called so; nothing where there is none."""
+    lower = {column.lower(): column for column in header}
+    found = difflib.get_close_matches(wanted.lower(), lower, n=1)
+    return f". If it is {lower[found[0]]!r}: --columns '{name}={lower[found[0]]}'" if found else ""
 
 
 def _check_units(runs: list[Run], sources: dict[str, Source], name: str) -> None:

@@ -184,8 +184,8 @@ def _comparisons(found: Findings, pictures: dict[str, str]) -> list[Section]:
         return []
     answers = [f"{c.other} against {c.baseline}: {words.answer(c)}." for c, _ in found.comparisons]
     shown = [
-        ("multipliers", "Compute multipliers with their intervals, overall and at each size. At 1 (dashed) there is no "
-                        "difference."),
+        ("multipliers", "Compute multipliers with their intervals, overall, at each size, and at each number of tokens "
+                        "per parameter where it matters. At 1 (dashed) there is no difference."),
         ("pairs", "Loss of the other activation minus the baseline's, pair by pair, in thousandths of a nat."),
     ]  # fmt: skip
     head = Section("What the activations are worth", "worth", answers=answers, text=[f"{MULTIPLIER}."],
@@ -204,7 +204,8 @@ def _laws(found: Findings, pictures: dict[str, str]) -> list[Section]:
         ("residuals", "What the law leaves over. Trends here are misfit of the law, not noise."),
         ("profile_of_E", "The objective's minimum for each irreducible loss E: where it is flat, E is not determined."),
         ("isoflop", "IsoFLOP parabolas through losses interpolated at equal compute; a diagnostic, biased by the width "
-                    "of the grid. Stars: minima inside the sizes."),
+                    "of the grid. Stars: minima inside the sizes. Through three points the fit is exact, and "
+                    "says nothing about whether a parabola is right."),
     ]  # fmt: skip
     head = Section("Laws", "laws", pictures=_shown(shown, pictures))
     if found.fits and "isoflop" not in pictures:
@@ -247,12 +248,15 @@ METHOD = Section(
     text=[
         "Law: L = E + A N^-alpha + B D^-beta with D in training tokens and compute 6 N D, fitted to ln L by the sum of "
         "Huber losses (delta 0.001), from starts by variable projection. Of the free and the tied form (alpha = beta) "
-        "the one is shown that predicts the largest sizes better from the smaller ones. Intervals: 95 % of a case "
-        "bootstrap; runs that branch from one trunk are drawn together.",
+        "the one is shown that predicts the largest sizes better from the smaller ones; where none can be held out, "
+        "the tied one, unless it misses the runs by more than their seeds differ and the free one does not. Intervals: "
+        "95 % of a case bootstrap; runs that branch from one trunk are drawn together.",
         "Multiplier: runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
         "(Student's t; trunks, where runs branch from one, count as one) with the uncertainty of what a nat is worth "
         "(a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "
-        "resampled residuals). It is valid inside the measured range of sizes "
+        "resampled residuals). Whether it changes with size is tested by regression over these clusters, whether it "
+        "changes with tokens per parameter by the slopes inside each size and seed; where one is found (p < 0.05), no "
+        "single number is given as the answer. It is valid inside the measured range of sizes "
         "and tokens; it says nothing about learning rates that were not tried.",
     ],
 )

@@ -132,6 +132,10 @@ def format_count(count: float) -> str:
     return f"{count:.3g}"
 
 
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +168,7 @@ def _check(runs: list[Run], name: str) -> None:
         ("params_count", "N must count the same parameters in every run"),
     ):
         if len(kinds := Counter(getattr(r, column) for r in runs)) > 1:
-            told = ", ".join(f"{k or 'not given'} ({n} runs)" for k, n in sorted(kinds.items()))
+            told = ", ".join(f"{k or 'not given'} ({plural(n, 'run')})" for k, n in sorted(kinds.items()))
             raise ValueError(f"{name} mixes {column}: {told}; {way}. Choose with --where {column}=VALUE")
     _check_sizes(runs, name)
     _check_duplicates(runs, name)
@@ -206,3 +210,14 @@ def budgets(runs: Sequence[Run]) -> list[float]:
             group[size, tokens] = start
             last = tokens
     return [group[r.size, r.tokens] for r in runs]
+
+
+def ratio_names(runs: Sequence[Run]) -> list[str]:
+    """For every run its tokens per parameter, to two digits; what differs by less than 5 % has one name."""
+    group: dict[float, str] = {}
+    start = 0.0
+    for ratio in sorted({r.tokens / r.params for r in runs}):
+        if ratio > 1.05 * start:
+            start = ratio
+        group[ratio] = f"{float(f'{start:.2g}'):g}"
+    return [group[r.tokens / r.params] for r in runs]

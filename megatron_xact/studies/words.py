@@ -7,12 +7,13 @@ import math
 import numpy as np
 
 from megatron_xact.studies import fit as fitting
-from megatron_xact.studies.compare import Comparison, Estimate
+from megatron_xact.studies.compare import Comparison
+from megatron_xact.studies.effects import SIZE, TOKENS, Estimate
 from megatron_xact.studies.fit import QUANTITIES, Fit
 from megatron_xact.studies.pairs import column_of
-from megatron_xact.studies.table import format_count
+from megatron_xact.studies.table import format_count, plural
 
-UNRESOLVED = 0.05  # of p: what is called a trend
+NO_SCATTER = "no group has two independent clusters, so nothing tells effect from noise within one"
 UNDETERMINED = 1000  # high / low of an interval: what is not worth a number
 
 
@@ -24,8 +25,8 @@ def lines(title: str, told: list[tuple[str, str]]) -> str:
 
 def law_of(fit: Fit) -> str:
     """L = 1.69 + 406 N^-0.34 + 411 D^-0.28"""
-    E, A, B, alpha, beta = (float(fitting.quantity_of(fit.law, q)) for q in ("E", "A", "B", "alpha", "beta"))
-    return f"L = {E:.4g} + {A:.4g} N^-{alpha:.3g} + {B:.4g} D^-{beta:.3g}"
+    E, A, B, alpha, beta = (_short(fitting.quantity_of(fit.law, q)) for q in ("E", "A", "B", "alpha", "beta"))
+    return f"L = {E} + {A} N^-{alpha} + {B} D^-{beta}"
 
 
 def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
@@ -34,8 +35,10 @@ def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
     told += [(q, quantity(fit, q)) for q in QUANTITIES]
     low, high = (f"{end:.4g}" if math.isfinite(end) else "unbounded" for end in fit.profile_interval_of_E())
     told.append(("E by profile", f"{low} .. {high} (95 % by an F test on the profiled objective)"))
+    given = ", given the tied form: were the exponents unequal, they would be wider and elsewhere"
     redrawn = f"; {fit.redrawn} resamples that could not determine a law were drawn again" if fit.redrawn else ""
-    told.append(("intervals", f"95 % of {len(fit.draws.alpha)} bootstraps over runs, seed {fit.seed}{redrawn}"))
+    told.append(("intervals", f"95 % of {len(fit.draws.alpha)} bootstraps over runs, seed {fit.seed}"
+                              f"{given if fit.form == 'tied' else ''}{redrawn}"))  # fmt: skip
     told.append(("optimum", f"objective {fit.objective:.6g}, reached from {fit.starts[0]} of {fit.starts[1]} starts, "
                             f"largest gradient {fit.gradient:.0e}"))  # fmt: skip
     told += [(f"without {' and '.join(t.held_out)}", trial(t)) for t in (*fit.trials, *_only_new(fit))]
@@ -43,6 +46,9 @@ def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
         groups = ", ".join(f"{name} {mean:+.2%}" for name, _, mean, _ in fitting.residuals_by(fit, key))
         told.append((f"residuals by {key}", groups))
     told.append(("misfit", misfit(fit)))
+    if failing := fitting.fails_at(fit):
+        off = ", ".join(f"{mean:+.1%} at {name} (mean of {plural(runs, 'run')})" for name, runs, mean in failing)
+        told.append(("the law fails", f"by tokens per parameter it is off by more than noise explains: {off}"))
     told.append(("outliers", outliers(fit)))
     told += [(f"{c:.3g} FLOPs", optimum(fit, c)) for c in flops]
     return told
@@ -58,11 +64,12 @@ def quantity(fit: Fit, q: str) -> str:
         return "0.5 by the tied form, not by measurement"
     if fit.form == "tied" and q == "beta":
         return "= alpha"
-    low, high = fit.interval(q)
-    return f"{float(fitting.quantity_of(fit.law, q)):.4g} [{low:.4g}, {high:.4g}]"
+    return interval(Estimate(float(fitting.quantity_of(fit.law, q)), *fit.interval(q)))
 
 
 def trial(t: fitting.Trial) -> str:
+    if len(t.errors) == 1:
+        return f"the {t.form} law predicts {t.errors[0]:+.2%} off"
     return f"the {t.form} law predicts {t.errors.min():+.2%}..{t.errors.max():+.2%} off (rms {t.rms:.2%})"
 
 
@@ -73,7 +80,11 @@ def misfit(fit: Fit) -> str:
         return f"residuals of {rms:.2%} rms; no cell has two seeds, so noise and misfit cannot be told apart"
     relative = noise[0] / fit.table.array("loss").mean()
     times = f", {rms / relative:.0f} times that" if relative > 0 and rms > 1.5 * relative else ""
-    return f"residuals of {rms:.2%} rms; seeds differ by {noise[0]:.2g} nat sd ({relative:.2%}){times}"
+    told = f"residuals of {rms:.2%} rms; seeds differ by {noise[0]:.2g} nat sd ({relative:.2%}){times}"
+    p = fitting.lack_of_fit(fit.residuals, fit.table, fit.form)
+    if p is None:
+        return told
+    return f"{told}; {'beyond' if p < fitting.SIGNIFICANT else 'explained by'} that noise (F test, p = {p:.2g})"
 
 
 def outliers(fit: Fit) -> str:
@@ -82,8 +93,8 @@ def outliers(fit: Fit) -> str:
     names = [f"{r.size} at {r.tokens:.3g} tokens" for r, out in zip(fit.table.runs, fit.outliers, strict=True) if out]
     told = f"{len(names)} beyond 5 robust standard deviations, kept: {', '.join(names[:4])}"
     if fit.robust is not None:
-        told += f"; without them E {float(fit.robust.E):.4g}, alpha {float(fit.robust.alpha):.3g}, "
-        told += f"beta {float(fit.robust.beta):.3g}"
+        E, alpha, beta = (_short(getattr(fit.robust, q)) for q in ("E", "alpha", "beta"))
+        told += f"; without {'it' if len(names) == 1 else 'them'} E {E}, alpha {alpha}, beta {beta}"
     return told
 
 
@@ -97,10 +108,11 @@ def optimum(fit: Fit, flops: float) -> str:
         )
     measured = 6 * fit.table.array("params") * fit.table.array("tokens")
     beyond = "" if flops <= measured.max() else f" ({flops / measured.max():.3g} x the largest run: extrapolated)"
+    assumed = "; this split assumes equal exponents, it is not measured" if fit.form == "tied" else ""
     return (
         f"N = {format_count(N)} [{format_count(N_range[0])}, {format_count(N_range[1])}], "
         f"D = {format_count(D)} [{format_count(D_range[0])}, {format_count(D_range[1])}], "
-        f"loss {L:.4g} [{L_range[0]:.4g}, {L_range[1]:.4g}]{beyond}"
+        f"loss {L:.4g} [{L_range[0]:.4g}, {L_range[1]:.4g}]{beyond}{assumed}"
     )
 
 
@@ -108,17 +120,19 @@ def optimum(fit: Fit, flops: float) -> str:
 
 
 def of_comparison(c: Comparison, tied: float) -> list[tuple[str, str]]:
-    told = [("answer", answer(c)), ("pairs", paired(c)), ("loss", f"{interval(c.difference, '.2g')} nat")]
-    told.append(("multiplier", f"{interval(c.multiplier)}, p = {c.p:.2g} for no difference"))
+    told = [("answer", answer(c)), ("pairs", paired(c)), ("loss", f"{interval(c.difference)} nat")]
+    weight = ", ".join(f"{percent(share)} of {size}" for size, share in c.shares.items())
+    told.append(("multiplier", f"{interval(c.multiplier)}, p = {c.p:.2g} for no difference; weight: {weight}"))
     told += [(f"along {name}", trend(c, name)) for name in c.trends]
-    told.append(("by size", ", ".join(f"{size} {interval(e)}" for size, e in c.by_size.items())))
+    told += [("by size", _groups(c.by_size)), (f"by {TOKENS}", _groups(c.by_tokens))]
     told.append(("wall clock", wall_clock(c)))
-    E, alpha, beta = float(c.law.E), float(c.law.alpha), float(c.law.beta)
-    law = f"from the common law with E {E:.3g}, alpha {alpha:.3g}, beta {beta:.3g}"
+    E, alpha, beta = (_short(getattr(c.law, q)) for q in ("E", "alpha", "beta"))
+    law = f"from the common law with E {E}, alpha {alpha}, beta {beta}"
     if c.form == "tied":
         told.append(("price of a nat", f"{law}; one exponent for both, since these runs cannot tell them apart"))
     else:
-        told.append(("price of a nat", f"{law}; with one exponent for both the multiplier would be {tied:.4g}"))
+        told.append(("price of a nat", f"{law}; with one exponent for both the multiplier would be "
+                                       f"{tied:{_digits(c.multiplier)}}"))  # fmt: skip
     told.append(("parameters", ratio(c.params_ratio)))
     if c.flops_ratio:
         told.append(("FLOPs", ratio(c.flops_ratio)))
@@ -126,34 +140,60 @@ def of_comparison(c: Comparison, tied: float) -> list[tuple[str, str]]:
 
 
 def answer(c: Comparison) -> str:
-    level = f"{c.level:.0%}".replace("%", " %")
+    return one_answer(c) + _outlying(c)
+
+
+def one_answer(c: Comparison) -> str:
     m = c.multiplier
+    if not math.isfinite(c.excluded):
+        return "no detectable difference, and none is excluded: these runs say nothing about it"
+    if c.changes_with:
+        return _changes(c)
     if not c.detected:
-        if not math.isfinite(c.excluded):
-            return "no detectable difference, and none is excluded: these runs say nothing about it"
-        told = (
-            f"no detectable difference between {c.other} and {c.baseline}; differences larger than "
-            f"{c.excluded:.2%} in compute are excluded at {level}"
-        ).replace("%", " %").replace("  %", " %")
-        return told + ("; but the difference depends on size" if _depends_on_size(c) else "")
+        return (f"no detectable difference between {c.other} and {c.baseline}; differences larger than "
+                f"{percent(c.excluded)} in compute are excluded at {percent(c.level)}")  # fmt: skip
     needs, than = (c.baseline, c.other) if m.value > 1 else (c.other, c.baseline)
-    low, high = (m.low, m.high) if m.value > 1 else (1 / m.high, 1 / m.low)
-    told = (f"{needs} needs {max(m.value, 1 / m.value):.3f} [{low:.3f}, {high:.3f}] times the compute of {than} for "
-            "the same loss")  # fmt: skip
-    if _depends_on_size(c):
-        told += "; but it depends on size, so this one number describes only the middle of these sizes"
+    times = m if m.value > 1 else Estimate(1 / m.value, 1 / m.high, 1 / m.low)
+    return f"{needs} needs {interval(times)} times the compute of {than} for the same loss"
+
+
+def _changes(c: Comparison) -> str:
+    """Two ends of every variable that matters, and no single number."""
+    ends = []
+    for name in c.changes_with:
+        groups = c.by_size if name == SIZE else c.by_tokens
+        (first, at_first), *_, (last, at_last) = groups.items()
+        ends.append(f"with {name}: m = {interval(at_first)} at {first}, {interval(at_last)} at {last}")
+    size, share = max(c.shares.items(), key=lambda item: item[1])
+    return (f"what {c.other} is worth against {c.baseline} changes {'; and '.join(ends)}. No one number holds: of the "
+            f"weight in the mean, m = {interval(c.multiplier)}, {percent(share)} is of {size}")  # fmt: skip
+
+
+def _outlying(c: Comparison) -> str:
+    if not c.outliers:
+        return ""
+    named = [f"{a.size} at {format_count(a.tokens)} tokens, seed {a.seed}: {b.loss:.4g} against {a.loss:.4g}"
+             for a, b in c.outliers]  # fmt: skip
+    told = f". But {plural(len(named), 'pair')} beyond 5 robust standard deviations ({'; '.join(named[:4])})"
+    if c.without is None:
+        return f"{told}; the rest is too little to compare"
+    left_out = f"without {'it' if len(named) == 1 else 'them'}, m = {interval(c.without.multiplier)}"
+    return f"{told}; {left_out}: {one_answer(c.without)}"
+
+
+def _groups(groups: dict[str, Estimate]) -> str:
+    told = ", ".join(f"{name} {interval(e)}" for name, e in groups.items())
+    if any(math.isnan(e.low) for e in groups.values()):
+        told += "; no intervals: " + NO_SCATTER
     return told
-
-
-def _depends_on_size(c: Comparison) -> bool:
-    return "size" in c.trends and c.trends["size"].p < UNRESOLVED
 
 
 def paired(c: Comparison) -> str:
     params, ratios = column_of(c.pairs, 0, "params"), column_of(c.pairs, 0, "tokens") / column_of(c.pairs, 0, "params")
     seeds = len({a.seed for a, _ in c.pairs})
-    count = f"{len(c.pairs)} ({len(set(params))} sizes, {seeds} seed{'s' if seeds > 1 else ''}"
-    left = f"; {c.unpaired} runs without a partner inform only the law" if c.unpaired else ""
+    count = f"{len(c.pairs)} ({plural(len(set(params)), 'size')}, {plural(seeds, 'seed')}"
+    informs = "informs" if c.unpaired == 1 else "inform"
+    left = f"; {plural(c.unpaired, 'run')} without a partner {informs} only the law" if c.unpaired else ""
     return (
         f"{count}), {format_count(params.min())}..{format_count(params.max())} parameters, "
         f"{ratios.min():.3g}..{ratios.max():.3g} tokens per parameter: valid there only; "
@@ -163,11 +203,15 @@ def paired(c: Comparison) -> str:
 
 def trend(c: Comparison, name: str) -> str:
     t = c.trends[name]
-    slope = t.slope
-    tenfold = [math.exp(v * math.log(10)) - 1 for v in (slope.value, slope.low, slope.high)]
-    change = f"the multiplier changes by {tenfold[0]:+.1%} [{tenfold[1]:+.1%}, {tenfold[2]:+.1%}] per tenfold {name}"
-    verdict = "no dependence detected" if t.p >= UNRESOLVED else f"depends on {name}"
-    return f"{verdict} (p = {t.p:.2g}): {change}"
+    if isinstance(t, str):
+        return f"not tested: {t}"
+    doubled = Estimate(*(math.log(2) * v for v in (t.slope.value, t.slope.low, t.slope.high))).exp()
+    change = f"times {interval(doubled)} per doubling"
+    if name in c.changes_with:
+        return f"the multiplier depends on it (p = {t.p:.2g}): {change}"
+    if max(doubled.high, 1 / doubled.low) > 2:
+        return f"no dependence detected (p = {t.p:.2g}), but these runs would hide a factor of 2 per doubling"
+    return f"no dependence detected (p = {t.p:.2g}): {change}"
 
 
 def wall_clock(c: Comparison) -> str:
@@ -187,7 +231,32 @@ def ratio(values: tuple[float, float]) -> str:
     )
 
 
-def interval(e: Estimate, digits: str = ".4g") -> str:
+# -- digits -----------------------------------------------------------------------------------------------------------
+
+
+def interval(e: Estimate, digits: str = "") -> str:
+    """Two digits of half the interval's width, so that a number looks the same wherever it is told."""
+    digits = digits or _digits(e)
     if math.isnan(e.low):
-        return f"{e.value:{digits}} [unknown]"
-    return f"{e.value:{digits}} [{e.low:{digits}}, {e.high:{digits}}]"
+        return f"{e.value:{digits}}"
+    return f"{_zero(e.value):{digits}} [{_zero(e.low):{digits}}, {_zero(e.high):{digits}}]"
+
+
+def _digits(e: Estimate) -> str:
+    half = (e.high - e.low) / 2
+    if not 1e-6 < half < math.inf or 0 < 30 * e.low < e.high:
+        return ".3g"
+    return f".{max(0, 1 - math.floor(math.log10(half)))}f"
+
+
+def _zero(value: float) -> float:
+    """What lies at its lower bound is told as 0."""
+    return 0.0 if abs(value) < 1e-6 else value
+
+
+def _short(value: object) -> str:
+    return f"{_zero(float(value)):.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{float(f'{100 * share:.2g}'):g} %"

@@ -13,7 +13,7 @@ from interpreter import in_interpreter
 
 from megatron_xact import activations
 from megatron_xact.activations.baselines import IDENTITY
-from megatron_xact.kernels import fp8, fp8_product
+from megatron_xact.kernels import fp8, fp8_product, fp8_reference
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
@@ -212,9 +212,7 @@ def test_refusals(call, words):
 
 def fp32_instead(rows, width, scaling, by_row, by_column):
     """A Quantized to be filled whose values are fp32: everything but the last rounding."""
-    from megatron_xact.kernels import triton_fp8
-
-    q = triton_fp8._empty(rows, width, torch.empty(0), scaling, torch.float32, by_row, by_column)
+    q = fp8_reference.empty(rows, width, torch.empty(0), scaling, torch.float32, by_row, by_column)
     for tensor in (q.rows_RC, q.columns_CR):
         if tensor is not None:
             tensor.fill_(float("nan"))  # whatever is not written shows
@@ -386,7 +384,7 @@ def compile_fp8(name, direction, blockwise, kind, divisible=True, more=None, qua
     num_warps = kernels.backward_warps(record) if direction == "backward" else kernels.NUM_WARPS
     constants = kernels._launch(record, torch.empty(0), p, 1, scaling, dtype, num_warps)[3]
     if direction == "forward":
-        constants["maxnreg"] = kernels.MAX_REGISTERS_OF_FORWARD
+        constants["maxnreg"] = kernels.MAX_REGISTERS_OF_FORWARD[blockwise]
     constants |= options
     values = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}[kind]
     scales = "*fp32" if blockwise else None

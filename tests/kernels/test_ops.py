@@ -1,13 +1,15 @@
 """The operators as PyTorch sees them: opcheck, torch.compile, checkpointing, torch.func; keys; backends."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_xact import activations
-from megatron_xact.kernels import backends, ops, reference
+from megatron_xact.kernels import backends, ops, reference, toolchain
 from megatron_xact.kernels.keys import key_of, record_of
 
 VARIED = ["xielu", "xsilu_glu2", "relu2"]
@@ -182,6 +184,55 @@ def test_triton_asked_for_without_a_gpu_is_an_error_with_the_reason(automatic):
     assert ops.triton_unavailable_reason() == "torch sees no NVIDIA GPU"
     with pytest.raises(ValueError, match="kernels = 'cuda' is not one of auto, triton, reference"):
         ops.select_backend("cuda")
+
+
+def test_a_gpu_that_runs_an_activation_unfused_says_why_once_for_each(automatic, monkeypatch, caplog):
+    """No GPU is needed: all that is asked of the tensor is where it is and of what dtype."""
+    from dataclasses import replace
+
+    monkeypatch.setattr(backends, "_triton_is_there", lambda: True)
+    backends._warn_unfused.cache_clear()
+    xielu = activations.get("xielu")
+    unknown = replace(xielu, name="mine", maths=object())
+    many = replace(xielu, name="many", parameters=xielu.parameters * 2)
+    there = {dtype: SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype) for dtype in
+             (torch.float32, torch.float64)}  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert backends.backend_of(xielu, there[torch.float32]).__name__.endswith("triton_pointwise")
+            for record, dtype in ((xielu, torch.float64), (unknown, torch.float32), (many, torch.float32)):
+                assert backends.backend_of(record, there[dtype]) is reference
+    told = [message for message in caplog.messages if "unfused on this GPU" in message]
+    assert len(told) == 3
+    assert told[0].startswith("xielu ") and told[0].endswith("no kernel computes in torch.float64")
+    assert told[1].startswith("mine ") and "no device function" in told[1]
+    assert told[2].startswith("many ") and "more than 3 parameters" in told[2]
+    monkeypatch.setattr(backends, "_choice", "triton")
+    with pytest.raises(ValueError, match="has no kernel for mine"):
+        backends.backend_of(unknown, there[torch.float32])
+
+
+def test_triton_needs_a_c_compiler_and_pythons_headers(monkeypatch, tmp_path):
+    """As triton/runtime/build.py, which is asked what it would call."""
+    from triton.runtime import build
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    build._find_compiler.cache_clear()
+    with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+        build._find_compiler("c")
+    assert toolchain.lacks_for_triton() == "Triton finds no C compiler (gcc or clang)"
+    compiler = tmp_path / "clang"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert build._find_compiler("c") == str(compiler)
+    assert "compiler" not in (toolchain.lacks_for_triton() or "")
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert f"(no {tmp_path}/Python.h" in toolchain.lacks_for_triton()
+    (tmp_path / "Python.h").touch()
+    assert toolchain.lacks_for_triton() is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert toolchain.lacks_for_triton() == "Triton finds no C compiler (no-such-compiler)"
 
 
 def test_every_activation_has_a_triton_kernel():

@@ -3,6 +3,7 @@
 import csv
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from planted import CHINCHILLA, Design, study
 from megatron_xact import cli
 from megatron_xact.studies import compare as comparing
 from megatron_xact.studies import plots
+from megatron_xact.studies.effects import Estimate
+from megatron_xact.studies.fit import fit
 from megatron_xact.studies.reading import read
 from megatron_xact.studies.table import Run, Table
 
@@ -150,6 +153,30 @@ def test_nothing_lies_on_anything_else(drawn, sizes, tmp_path):
     plots.pairs([comparing.compare(table, "a", "b", draws=9)], tmp_path / "pairs.png")
     FigureCanvasAgg(drawn[-1].figure).draw()
     assert drawn[-1].get_legend().get_window_extent().x0 > drawn[-1].get_window_extent().x1
+
+
+def test_one_huge_interval_hides_none_of_the_others(drawn, tmp_path):
+    found = comparing.compare(study(CHINCHILLA, FOUR, 1.08, 0.001, np.random.default_rng(0)), "a", "b", draws=9)
+    huge = replace(found, other="c", multiplier=Estimate(1.1, 1e-4, 1e5), by_size={"1B": Estimate(1.2, np.nan, np.nan)})
+    plots.multipliers([found, huge], tmp_path / "multipliers.png")
+    (ax,) = drawn
+    low, high = ax.get_xlim()
+    assert ax.get_xscale() == "log" and 0.9 < low < found.multiplier.low < found.multiplier.high < high < 1.5
+    assert low < 1.2 < high and {line.get_marker() for line in ax.lines} >= {"<", ">"}
+    assert ax.get_title() == "95% intervals; an arrow: beyond this axis; no line: one cluster each, interval unknown"
+    FigureCanvasAgg(ax.figure).draw()
+    assert sum(low <= t <= high for t in ax.get_xticks()) >= 3
+
+
+def test_colours_have_a_legend_and_exact_parabolas_say_so(drawn, tmp_path):
+    table = study(CHINCHILLA, Design((3e7, 6e7, 1.2e8), (5, 20, 120), 2), 1.0, 0.001, np.random.default_rng(0))
+    fits = {"a": fit(table.only("a"), bootstraps=9)}
+    plots.residuals(fits, tmp_path / "residuals.png")
+    texts = [t.get_text() for ax in drawn if ax.get_legend() for t in ax.get_legend().get_texts()]
+    assert texts == ["3e+07", "6e+07", "1.2e+08", "2 sd between seeds"]
+    plots.isoflops(fits, tmp_path / "isoflop.png")
+    texts = [t.get_text() for t in drawn[-1].get_legend().get_texts()]
+    assert texts and all(t.endswith(", exact") for t in texts)
 
 
 def test_numbers_are_those_of_the_functions(made):

@@ -123,7 +123,7 @@ BAD = {
     "negative": (changed(CELL, {"loss": -1}), "fit", "loss must be positive and finite, but is -1 in line 5"),
     "perplexity": (changed(CELL, {"loss": 25}), "fit", "a loss above 20 nats per token in line 5: is it a perplexity"),
     "duplicate": (rows() + rows()[3:4], "fit", "seed 1 is there 2 times: line 5, line 38"),
-    "tokenizers": (changed(CELL, {"tokenizer": "other"}), "fit", "mixes tokenizer: bpe (35 runs), other (1 runs)"),
+    "tokenizers": (changed(CELL, {"tokenizer": "other"}), "fit", "mixes tokenizer: bpe (35 runs), other (1 run)"),
     "params of a size": (changed(CELL, {"params": 1.1e8}), "fit", "one size has one number of parameters"),
     "billions": (changed({}, {"tokens": 2}), "fit", "tokens below 100000 in line 2, line 3, line 4, line 5 and 32"),
     "millions": (changed({}, {"params": 100}), "fit", "params below 1000 in"),
@@ -195,6 +195,34 @@ def test_files_that_are_no_tables(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_rows_that_do_not_fit_the_header_are_refused(tmp_path, capsys):
+    """A decimal comma or a lost cell would shift the row; a second column of one name would replace the first."""
+    good = "params,tokens,loss,seed\n100000000,1000000000,3.5,0\n"
+    for text, said in (
+        (good + "\n100000000,2000000000,3,25,0\n", "t.csv line 4 has 5 cells, but the header has 4; a row has one for"),
+        (good + "100000000,3.25,0\n", "t.csv line 3 has 3 cells, but the header has 4; a row has one for each column"),
+        (good.replace("seed", "loss"), "t.csv line 1: 2 columns are called 'loss'; a column that is used needs a name"),
+        (good.replace("loss", "Loss"), "no column 'loss' (validation cross-entropy, nats per token); it has params, "
+                                       "tokens, Loss, seed. If it is 'Loss': --columns 'loss=Loss'"),
+        (good.replace(",", ";").replace("3.5", "3,5"), "loss is not a finite number in line 2: '3,5'"),
+    ):  # fmt: skip
+        (tmp_path / "t.csv").write_text(text)
+        assert cli.main(["study", "fit", str(tmp_path / "t.csv")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    (tmp_path / "t.csv").write_bytes(good.encode() + "100000000,2000000000,3.2,Zürich\n".encode("latin-1"))
+    assert cli.main(["study", "fit", str(tmp_path / "t.csv")]) == 2
+    assert "is not a CSV file in UTF-8: line 3 has the byte 0xfc; save it as UTF-8" in capsys.readouterr().err
+
+
+def test_separators_and_spaces_do_not_matter(tmp_path):
+    table = read(written(tmp_path / "runs.csv", rows()))
+    text = (tmp_path / "runs.csv").read_text()
+    for other in (text.replace(",", ";"), text.replace(",", "\t"), text.replace(",", " , "), text + ",\n"[1:] * 2):
+        (tmp_path / "other.csv").write_text(other)
+        assert read(tmp_path / "other.csv").runs == table.runs
+
+
 def test_a_bad_mapping_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="no such mapping: .*none.toml"):
         Mapping.of(tmp_path / "none.toml")
@@ -216,7 +244,7 @@ def test_fit_and_compare_on_the_command_line(tmp_path, capsys):
     words = ["study", "compare", path, "a", "b", "--bootstraps", "50", "--json", str(tmp_path / "found.json")]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert "a needs 1.1" in out and "times the compute of b for the same loss" in out and "wall clock" in out
+    assert "a needs 1.0997 [1.09" in out and "times the compute of b for the same loss" in out and "wall clock" in out
     assert (tmp_path / "found.json").exists()
     assert cli.main(["study", "fit", path, "--bootstraps", "50", "--budget", "1e20"]) == 0
     out = capsys.readouterr().out
@@ -225,5 +253,5 @@ def test_fit_and_compare_on_the_command_line(tmp_path, capsys):
 
 def test_mixed_data_is_refused_in_memory_too():
     runs = [replace(r, data="pile" if i else "c4") for i, r in enumerate(olmo().runs)]
-    with pytest.raises(ValueError, match=r"mixes data: c4 \(1 runs\), pile \(29 runs\)"):
+    with pytest.raises(ValueError, match=r"mixes data: c4 \(1 run\), pile \(29 runs\)"):
         Table(runs)

@@ -95,7 +95,8 @@ def tensors() -> dict:
         "blockwise": partial(Float8BlockQuantizer, e4m3, block_scaling_dim=1),
     }
     record = activations.get("xielu")
-    x, p = randn(3, 60, 256, dtype=torch.bfloat16), {q.symbol: q.init for q in record.parameters}
+    x = randn(3, 60, 256, dtype=torch.bfloat16)
+    p = {q.symbol: torch.tensor([q.init]) if q.trainable else q.init for q in record.parameters}
     exact, found = record.forward(x.float(), p), {}
     for name, make in makers.items():
         quantizer = make(rowwise=True, columnwise=True)

@@ -1,0 +1,192 @@
+"""Estimates out of pairs: sinh h of every pair under a law, its mean, its value by group, and what it changes with.
+
+compare.py says what h is and where the two sources of an interval come from. Here laws come in numbers, [B]: those of
+the bootstrap, or the fitted one alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from megatron_xact.studies.law import Array, Law
+from megatron_xact.studies.pairs import Ids, Pairs, column_of, differences, number
+
+SIZE, TOKENS = "size", "tokens per parameter"  # what a multiplier may change with
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; (nan, nan) where the runs allow none."""
+
+    value: float
+    low: float
+    high: float
+
+    def exp(self) -> Estimate:
+        return Estimate(*(float(np.exp(v)) for v in (self.value, self.low, self.high)))
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Does ln m change along a variable? `slope`: change of ln m per factor e."""
+
+    slope: Estimate
+    p: float
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of every cluster under each of B laws: x = sinh h [B, G] and its weight [B, G]; gamma [B]: of the laws."""
+
+    x: Array
+    weight: Array
+    gamma: Array
+
+    def mean(self) -> tuple[Array, Array]:
+        """Weighted mean and its standard error, [B]."""
+        total = self.weight.sum(1)
+        mean = (self.weight * self.x).sum(1) / total
+        scatter = (self.weight * (self.x - mean[:, None]) ** 2).sum(1) / (self.x.shape[1] - 1)
+        return mean, np.sqrt(scatter / total)
+
+    def slope(self, z: Array) -> tuple[Array, Array]:
+        """Weighted regression on z [G]: slope and its standard error, [B]."""
+        total = self.weight.sum(1, keepdims=True)
+        x = self.x - (self.weight * self.x).sum(1, keepdims=True) / total
+        z = z - (self.weight * z).sum(1, keepdims=True) / total
+        spread = (self.weight * z**2).sum(1)
+        slope = (self.weight * z * x).sum(1) / spread
+        left = (self.weight * (x - slope[:, None] * z) ** 2).sum(1) / (self.x.shape[1] - 2)
+        return slope, np.sqrt(left / spread)
+
+
+def of_pairs(law: Law, pairs: Pairs) -> tuple[Array, Array]:
+    """sinh h by each pair and its weight: [n], or [B, n] for many laws. Corrects for params that are not equal."""
+    D_a, D_b = column_of(pairs, 0, "tokens"), column_of(pairs, 1, "tokens")
+    at_a, at_b = law.reducible(column_of(pairs, 0, "params"), D_a), law.reducible(column_of(pairs, 1, "params"), D_b)
+    middle = (at_a + at_b) / 2
+    return -(differences(pairs) - (at_b - at_a)) / (2 * middle), middle**2
+
+
+def of_clusters(laws: Law, pairs: Pairs, ids: Ids) -> Effects:
+    x, weight = of_pairs(laws, pairs)
+    member = np.eye(int(ids.max()) + 1)[ids]
+    total = weight @ member
+    return Effects((weight * x) @ member / total, total, laws.gamma)
+
+
+def _slopes(laws: Law, pairs: Pairs, ids: Ids, z: Array) -> Effects:
+    """Slope of sinh h along z [n] inside every cluster where z varies, weighted by how far it does."""
+    x, weight = of_pairs(laws, pairs)
+    member = np.eye(int(ids.max()) + 1)[ids]
+    z = z - ((weight * z) @ member / (weight @ member))[:, ids]
+    spread = (weight * z**2) @ member
+    varies = np.array([np.ptp(z[0, ids == i]) > 0.05 for i in range(member.shape[1])])
+    return Effects(((weight * z * x) @ member)[:, varies] / spread[:, varies], spread[:, varies], laws.gamma)
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+def mixture(mean: Array, error: Array, gamma: Array, freedom: int) -> Callable[[float], float]:
+    """Distribution function of ln m: under each law t around its mean, laws equally likely."""
+    error = np.maximum(error, 1e-12)
+    return lambda log_m: float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
+
+
+def estimate(value: float, distribution: Callable[[float], float], level: float) -> Estimate:
+    def quantile(q: float) -> float:
+        width = 0.01
+        while not (distribution(value - width) < q < distribution(value + width)):
+            width *= 2
+            if width > 20:  # a factor of 5e8: these runs say nothing
+                return -np.inf if q < 0.5 else np.inf
+        return optimize.brentq(lambda v: distribution(v) - q, value - width, value + width, xtol=1e-10)
+
+    return Estimate(value, quantile((1 - level) / 2), quantile((1 + level) / 2))
+
+
+def t_interval(values: Array, ids: Ids, level: float) -> Estimate:
+    """Of the mean over clusters, which are independent of each other; a cluster weighs the same whatever its size."""
+    means = np.bincount(ids, values) / np.bincount(ids)
+    center = float(means.mean())
+    if len(means) < 2:
+        return Estimate(center, np.nan, np.nan)
+    half = stats.t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+    return Estimate(center, center - half, center + half)
+
+
+# -- one number for all? ----------------------------------------------------------------------------------------------
+
+
+def by_group(law: Law, laws: Law, pairs: Pairs, ids: Ids, names: Sequence[str], level: float) -> dict[str, Estimate]:
+    """m of the pairs of each name, in the order of the names' first pairs, with the scatter inside groups pooled: one
+    group alone has too few pairs to know its own.
+
+    A cluster may be spread over groups; what it has in one is a unit. There are never more degrees of freedom than the
+    clusters leave.
+    """
+    units = number(list(zip(ids, names, strict=True)))
+    name_of = dict(zip(units, names, strict=True))
+    main, effects = of_clusters(law[None], pairs, units), of_clusters(laws, pairs, units)
+    groups = {name: np.array([u for u in name_of if name_of[u] == name]) for name in dict.fromkeys(names)}
+    freedom = min(len(name_of) - len(groups), int(ids.max()))
+    means = {name: (effects.weight[:, g] * effects.x[:, g]).sum(1) / effects.weight[:, g].sum(1)
+             for name, g in groups.items()}  # fmt: skip
+    scatter = sum((effects.weight[:, g] * (effects.x[:, g] - means[name][:, None]) ** 2).sum(1)
+                  for name, g in groups.items())  # fmt: skip
+    found = {}
+    for name, g in groups.items():
+        x = (main.weight[0, g] * main.x[0, g]).sum() / main.weight[0, g].sum()
+        value = float(2 * np.arcsinh(x) / law.gamma)
+        if freedom < 1:
+            found[name] = Estimate(value, np.nan, np.nan).exp()
+            continue
+        error = np.sqrt(scatter / freedom / effects.weight[:, g].sum(1))
+        found[name] = estimate(value, mixture(means[name], error, laws.gamma, freedom), level).exp()
+    return found
+
+
+def shares(law: Law, pairs: Pairs) -> dict[str, float]:
+    """Of the weight in the multiplier, by size."""
+    _, weight = of_pairs(law, pairs)
+    sizes = [a.size for a, _ in pairs]
+    return {s: float(weight[[t == s for t in sizes]].sum() / weight.sum()) for s in dict.fromkeys(sizes)}
+
+
+def trends(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float) -> dict[str, Trend | str]:
+    """Along SIZE by regression over clusters, along TOKENS by the slopes inside ladders (one size and seed): clusters
+    are often whole ladders, whose means tell nothing about tokens. Or why one could not be tested.
+    """
+    log_N, log_D = np.log(column_of(pairs, 0, "params")), np.log(column_of(pairs, 0, "tokens"))
+    main, effects = of_clusters(law[None], pairs, ids), of_clusters(laws, pairs, ids)
+    found: dict[str, Trend | str] = {}
+    z = np.bincount(ids, log_N) / np.bincount(ids)
+    if len(z) < 3 or np.ptp(z) < 0.05:
+        found[SIZE] = "it needs pairs of two sizes and three independent ones"
+    else:
+        found[SIZE] = _trend(main.slope(z), effects.slope(z), law, laws, len(z) - 2, level)
+    ladders = number([(a.size, a.seed) for a, _ in pairs])
+    main, slopes = (_slopes(of, pairs, ladders, log_D - log_N) for of in (law[None], laws))
+    count = slopes.x.shape[1]
+    if count < 2:
+        found[TOKENS] = "it needs two sizes or seeds with pairs at two token budgets each"
+    else:
+        found[TOKENS] = _trend(main.mean(), slopes.mean(), law, laws, count - 1, level)
+    return found
+
+
+def _trend(main: tuple[Array, Array], drawn: tuple[Array, Array], law: Law, laws: Law, freedom: int, level: float
+           ) -> Trend:  # fmt: skip
+    """main: a slope and its error under the fitted law [1]; drawn: the same under all [B]."""
+    value = float(2 * main[0][0] / law.gamma)
+    distribution = mixture(*drawn, laws.gamma, freedom)
+    below = distribution(0.0)
+    return Trend(estimate(value, distribution, level), 2 * min(below, 1 - below))
