@@ -213,9 +213,11 @@ def test_a_gpu_that_runs_an_activation_unfused_says_why_once_for_each(automatic,
 
 
 def test_triton_needs_a_c_compiler_and_pythons_headers(monkeypatch, tmp_path):
-    """As triton/runtime/build.py, which is asked what it would call."""
+    """As triton/runtime/build.py, which is asked what it would call, where it has a function for that (3.9)."""
     from triton.runtime import build
 
+    if not hasattr(build, "_find_compiler"):
+        pytest.skip("this Triton cannot be asked which compiler it would call")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     build._find_compiler.cache_clear()
