@@ -273,6 +273,11 @@ def test_per_tensor_kernels(name):
         assert torch.equal(q.columns_CR.T, q.rows_RC)
         assert (q.rows_RC.double() / 3.0 - true).abs().max() <= 1e-6 * size
     assert kernels.forward_amax(record, x, p, bias).item() == amax.max().item()
+    kernels.BIAS_ABORTS, aborts = True, kernels.BIAS_ABORTS
+    apart = fp32_instead(rows, columns, scaling, True, True)
+    kernels._launch_forward(record, flat, p, bias, apart, scaling, torch.float8_e4m3fn)
+    kernels.BIAS_ABORTS = aborts
+    assert torch.equal(apart.rows_RC, ours.rows_RC)
     assert kernels.backward_amax(record, x, p, dy, bias).item() == back_amax.max().item()
     assert torch.allclose(partial.sum(0).double(), dbias, rtol=1e-5, atol=1e-5 * dbias.abs().max().item())
     for true, ours in zip(gradients.values(), dp.sum(1), strict=True):
