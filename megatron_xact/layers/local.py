@@ -79,7 +79,7 @@ class ScaledDotProductAttention(MegatronModule):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, d]
         dropout = self.dropout if self.training else 0.0
         # other heads on every tensor-parallel rank, so other masks; with sequence parallelism the block forks already
-        forks = dropout > 0 and not self.config.sequence_parallel
+        forks = dropout > 0 and self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=k.shape[1] != n
