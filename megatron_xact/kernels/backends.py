@@ -64,7 +64,10 @@ def triton_unavailable_reason() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU is of compute capability {major}.{minor}, older than 8.0"
-    return toolchain.lacks_for_triton()
+    return _lacks_for_triton()
+
+
+_lacks_for_triton = functools.cache(toolchain.lacks_for_triton)  # it looks through PATH, and FP8 asks at every operator
 
 
 @functools.cache

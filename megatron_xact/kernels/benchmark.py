@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.kernels.linear import BACKWARD, FORWARD
 from megatron_xact.kernels.ops import apply_activation
 
-FORWARD, BACKWARD = "forward", "backward"
 Call = Callable[[Tensor, dict[str, Tensor]], Tensor]  # x, parameters -> y
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
+from megatron_xact.kernels.linear import BACKWARD, FORWARD
 from megatron_xact.kernels.reference import Backward
 from megatron_xact.kernels.triton_launch import (
     constants,
@@ -35,8 +36,6 @@ from megatron_xact.kernels.triton_launch import (
 )
 
 __all__ = ["backward", "forward", "serves"]
-
-FORWARD, BACKWARD = "forward", "backward"
 
 
 class Tile(NamedTuple):

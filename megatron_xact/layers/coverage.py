@@ -50,6 +50,7 @@ WITH_TE = (
     Feature("window-size", ("window_size",), _FULL),
     Feature("softmax-type", ("softmax_type",), "leave it out", off=(None, "vanilla")),
     Feature("reset-attention-mask", ("reset_attention_mask",), _FULL),
+    Feature("tp-comm-overlap", ("tp_comm_overlap",), "leave it out"),
 )  # fmt: skip
 
 

@@ -345,9 +345,6 @@ def _layers(args: Namespace, engine: str) -> None:
     if engine == "deepspeed":
         local = local or 'engine = "deepspeed"'
     coverage.refuse(args, local)
-    if args.tp_comm_overlap and local is not None:
-        raise ValueError(f"tp-comm-overlap = True needs TransformerEngine's layer, not the local one ({local}); "
-                         "leave it out")  # fmt: skip
 
 
 def _trainer(args: Namespace) -> None:

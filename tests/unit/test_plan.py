@@ -234,6 +234,7 @@ def test_where_nothing_helps_it_says_so(capsys):
         ("--num-experts 8", "mixture of experts (num-experts) is not planned here"),
         ("--fp8-format hybrid", "FP8 (fp8) is not planned here"),
         ("--rampup-batch-size 64 64 1000", "a batch that grows during the run (rampup-batch-size) is not planned here"),
+        ("--step-batch-size-schedule 0:64", "a batch that grows during the run (step-batch-size-schedule) is not"),
         ("--optimizer muon", "optimizer = 'muon' is not planned here"),
         ("--max-position-embeddings 128", "max-position-embeddings = 128 must be at least seq-length = 4096"),
         ("--lr-warmup-iters 60000", "lr-warmup-iters = 60000 must be less than lr-decay-iters = 50000"),

@@ -75,9 +75,7 @@ def _measured(context: Context, record: Activation, tokens: int, columns: int) -
     }
     rotations = []
     for (_, direction), call_of in ways.items():
-        sets = timing.sets_beyond_cache(context, bytes_of[direction])
-        drawn = [(context.randn(tokens, width, dtype=torch.bfloat16),
-                  context.randn(tokens, columns, seed=1, dtype=torch.bfloat16)) for _ in range(sets)]  # fmt: skip
+        drawn = timing.operands(context, record, tokens, columns, bytes_of[direction])
         rotations.append(timing.Rotation([call_of(x, dy) for x, dy in drawn]))
     seconds = benchmark.clock_in_turns(rotations, context.device, REPEATS)
     return [

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-import torch
+from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.kernels import triton_pointwise
@@ -48,20 +48,14 @@ def _label(tile: Tile) -> str:
 def _calls(context: Context, name: str, direction: str, key: tuple, tokens: int, columns: int) -> dict[str, Callable]:
     """Label -> a rotation of calls with that tile, on operands of their own which no cache can hold."""
     record = activations.get(name)
-    width, p = columns * (1 + record.gated), context.parameters(record)
-    sets = timing.sets_beyond_cache(context, 2 * tokens * (width + columns))
-    drawn = [
-        [context.randn(tokens, n, seed=seed, dtype=torch.bfloat16) for seed, n in enumerate((width, columns))]
-        for _ in range(sets)
-    ]
+    p, backend = context.parameters(record), context.backend
+    drawn = timing.operands(context, record, tokens, columns, 2 * tokens * columns * (2 + record.gated))
 
-    backward = context.backend.backward
-
-    def call(tile: Tile, x, dy):
+    def call(tile: Tile, x: Tensor, dy: Tensor):
         shipped = triton_pointwise.TILES[key]
         triton_pointwise.TILES[key] = tile
         try:
-            return context.backend.forward(record, x, p) if direction == FORWARD else backward(record, x, p, dy)
+            return backend.forward(record, x, p) if direction == FORWARD else backend.backward(record, x, p, dy)
         finally:
             triton_pointwise.TILES[key] = shipped
 

@@ -7,7 +7,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from megatron_xact.activations import Activation
 from megatron_xact.kernels import benchmark
 from tools.gpu.context import Context
 
@@ -54,6 +56,17 @@ def sets_beyond_cache(context: Context, num_bytes: int) -> int:
     if not context.on_gpu:
         return 1
     return -(-4 * torch.cuda.get_device_properties(context.device).L2_cache_size // num_bytes)
+
+
+def operands(
+    context: Context, activation: Activation, tokens: int, columns: int, num_bytes: int
+) -> list[tuple[Tensor, Tensor]]:
+    """(x, dy) in bf16, as many sets as no cache can hold; num_bytes: that a call with one of them moves."""
+    width, bf16 = columns * (1 + activation.gated), torch.bfloat16
+    return [
+        (context.randn(tokens, width, dtype=bf16), context.randn(tokens, columns, seed=1, dtype=bf16))
+        for _ in range(sets_beyond_cache(context, num_bytes))
+    ]
 
 
 def clocks_under_load(context: Context) -> dict[str, str] | None:

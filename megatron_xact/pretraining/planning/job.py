@@ -28,6 +28,7 @@ NOT_PLANNED = {
     "fp8": "FP8",
     "fp4": "FP4",
     "rampup_batch_size": "a batch that grows during the run",
+    "step_batch_size_schedule": "a batch that grows during the run",
     "pipeline_model_parallel_layout": "a pipeline layout written out",
 }
 
