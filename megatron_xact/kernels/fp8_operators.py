@@ -25,6 +25,7 @@ from megatron_xact.kernels.fp8_reference import (
     Scaling,
     empty,
     largest,
+    largest_of_columns,
     quantize,
 )
 from megatron_xact.kernels.keys import record_of
@@ -108,7 +109,7 @@ def _forward_amax(x, learned, bias, by_column, key):
     if triton := _triton_for(activation, x):
         return triton.forward_amax(activation, x, p, bias, by_column)
     y = reference.forward(activation, _wide(x), p, bias)
-    return y.reshape(-1, y.shape[-1]).abs().amax(0).float() if by_column else largest(y)
+    return largest_of_columns(y) if by_column else largest(y)
 
 
 @torch.library.register_fake("xact::fp8_forward_amax", lib=library)

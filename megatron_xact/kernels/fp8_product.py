@@ -4,8 +4,8 @@ Powers of two round nothing, so what a shard loses by being quantized with its o
 tensor's, is confined to what a format's range leaves out. On GPUs with FP8 tensor cores (Ada, Hopper and newer) the
 product is cuBLASLt's, by torch, with `use_fast_accum` off: Hopper's tensor cores add up with about 14 bits, and every
 128 products or so go into an fp32 sum. Elsewhere the operands are widened, exactly: FP8 values are also bf16 values and
-products of two of them fp32 values. So a CPU or an A100 computes the same sums, in another order and in fp32, without
-FP8's speed: enough to tell what FP8 does to a model.
+products of two of them fp32 values. So a CPU or an A100 computes the same sums, in another order and in fp32 (a GPU
+then rounds them to bf16), without FP8's speed: enough to tell what FP8 does to a model.
 
 Suffixes: M, N = outer dimensions, K = inner one; C = columns of a matrix that is quantized.
 """

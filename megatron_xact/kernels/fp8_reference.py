@@ -105,6 +105,14 @@ def largest(value: Tensor) -> Tensor:
     return value.abs().amax().float().reshape(1) if value.numel() else value.new_zeros(1, dtype=torch.float32)
 
 
+def largest_of_columns(value: Tensor) -> Tensor:
+    """|value| of every column of [..., C] as [C] fp32; 0 of nothing."""
+    columns = value.shape[-1]
+    if not value.numel():
+        return value.new_zeros(columns, dtype=torch.float32)
+    return value.reshape(-1, columns).abs().amax(0).float()
+
+
 def scales_shape(rows: int, columns: int) -> tuple[int, int]:
     """Of the factors of blocks along the columns: [blocks, rows padded to a multiple of 4]."""
     return -(-columns // BLOCK), -(-rows // 4) * 4

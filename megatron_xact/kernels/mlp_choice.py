@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_xact import __version__
+from megatron_xact import __version__, installed
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.keys import key_of
@@ -146,17 +145,10 @@ def _key(activation: Activation, shape: Shape, device: torch.device) -> dict[str
         "bias": shape.bias,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "quack": _version("quack-kernels"),
+        "triton": installed.version("triton"),
+        "quack": installed.version("quack-kernels"),
         "megatron-xact": __version__,
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def path_of(key: dict[str, object]) -> Path | None:

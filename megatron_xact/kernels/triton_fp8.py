@@ -37,8 +37,8 @@ __all__ = ["backward", "backward_amax", "forward", "forward_amax", "serves"]
 # Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU.
 NUM_WARPS = 8
 NUM_WARPS_OF_PLAIN_GATED_BACKWARD = 16  # gated and nothing learned: there ptxas hoists what it can, and spills
-# LLVM of Triton 3.6 aborts the process (SLP vectorizer) on forward kernels, per tensor, with a bias and rows that 16
-# does not divide; 3.9's does not.
+# LLVM of Triton 3.6 aborts the process (SLP vectorizer) on forward kernels, per tensor and transposed, with a 16-bit
+# bias, and on some with any bias where 16 does not divide the rows; 3.9's does not.
 BIAS_ABORTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 # Forward, by whether scaling is blockwise: with 128 two programs fit a multiprocessor; left alone, ptxas rather spills
 # than pass that.
@@ -234,7 +234,7 @@ def forward_amax(
         return _largest(_launch_forward(activation, x, p, bias, NOTHING, None, torch.float8_e4m3fn))
     partials = x.new_empty(triton.cdiv(num_rows, BLOCK), num_columns, dtype=torch.float32)
     _launch_forward(activation, x, p, bias, NOTHING, None, torch.float8_e4m3fn, column_amax=partials)
-    return partials.amax(0)
+    return partials.amax(0) if num_rows else partials.new_zeros(num_columns)
 
 
 def backward_amax(activation: Activation, x: Tensor, p: Values, dy: Tensor, bias: Tensor | None) -> Tensor:
@@ -253,8 +253,10 @@ def _launch_forward(
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
     grid, amax, scale, options = _launch(activation, x, p, _programs(rows, columns), scaling, dtype)
     options["maxnreg"] = MAX_REGISTERS_OF_FORWARD[options["BLOCKWISE"]]
-    if bias is not None and BIAS_ABORTS and not options["BLOCKWISE"] and rows % 16:
-        x, bias = x.float() + bias, None  # the same sum, in a pass of its own
+    if bias is not None and BIAS_ABORTS and not options["BLOCKWISE"]:
+        bias = bias.float()
+        if rows % 16:
+            x, bias = x.float() + bias, None  # the same sum, in a pass of its own
     if x.numel():
         with device_of(x):
             forward_kernel[grid](

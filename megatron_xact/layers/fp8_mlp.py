@@ -83,7 +83,7 @@ class _FP8MLP(torch.autograd.Function):
         out_MH = product(y8.rows_RC, y8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
         scales = x_scaling.scale, w1_scaling.scale, y_scaling.scale
         ctx.save_for_backward(x, pre_MW, w1_WH, b1, w2_HF, *scales, m_F, *learned)
-        return out_MH.view(*whole.shape[:-1], -1)
+        return out_MH.view(*whole.shape[:-1], w2_HF.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -108,7 +108,7 @@ class _FP8MLP(torch.autograd.Function):
         dx_MH = product(dpre8.rows_RC, dpre8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
         if gathering is not None:
             gathering.wait()
-        dx, reducing = call.start_reduction(dx_MH.view(*whole.shape[:-1], -1), x)
+        dx, reducing = call.start_reduction(dx_MH.view(whole.shape), x)
         x8 = fp8.cast(rows_of(whole), PerTensor(x_scale), VALUES, rows=False)
         dw1 = _weight_gradient(w1_WH, ctx.main_grads[0], dpre8, x8, call)
         if reducing is not None:

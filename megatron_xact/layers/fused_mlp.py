@@ -211,7 +211,7 @@ class _FusedMLP(torch.autograd.Function):
         if call.hooked:
             call.tell_hooks(pre, b1, y)
         ctx.save_for_backward(x, saved, w1, b1, w2, *learned)
-        return (y @ w2.T).view(*whole.shape[:-1], -1)
+        return (y @ w2.T).view(*whole.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -227,7 +227,7 @@ class _FusedMLP(torch.autograd.Function):
         dw2 = _weight_gradient(w2, ctx.main_grads[1], back.y_MF, dout, call)
         del back  # y, as wide as dpre
 
-        dx = (dpre @ w1).view(*whole.shape[:-1], -1)
+        dx = (dpre @ w1).view(whole.shape)
         if gathering is not None:
             gathering.wait()
         dx, reducing = call.start_reduction(dx, x)

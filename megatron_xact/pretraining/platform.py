@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 
+from megatron_xact.installed import present
 from megatron_xact.pretraining import cpu_platform, mends
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.config import RunConfig
@@ -23,7 +23,7 @@ def prepare(config: RunConfig) -> dict[str, Value]:
     if not torch.cuda.is_available():
         cpu_platform.activate()
     mends.apply()
-    arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=_installed("transformer_engine"))
+    arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=present("transformer_engine"))
     for key, value in arguments.items():
         if key in config.megatron and config.megatron[key] != value:
             _refuse(config, key, value)
@@ -39,15 +39,18 @@ def _for_async_saves(config: RunConfig) -> dict[str, Value]:
     """What `async-save` needs besides: without the first, Megatron 0.19 drops it and saves synchronously."""
     if not config.megatron.get("async-save"):
         return {}
-    if config.megatron.get("async-strategy") == "nvrx" and not _installed("nvidia_resiliency_ext"):
+    if config.megatron.get("async-strategy") == "nvrx" and not present("nvidia_resiliency_ext"):
         raise ValueError("async-strategy = 'nvrx' needs the package nvidia-resiliency-ext; without it: 'mcore'")
-    strategy = "nvrx" if _installed("nvidia_resiliency_ext") else "mcore"
+    strategy = "nvrx" if present("nvidia_resiliency_ext") else "mcore"
     return {"use-persistent-ckpt-worker": True, "async-strategy": strategy}
 
 
 def missing_arguments(has_gpu: bool, has_te: bool) -> dict[str, Value]:
-    """What a config needs beside itself where there is no GPU or no TransformerEngine."""
+    """What a config needs beside itself where there is no GPU, no TransformerEngine or no apex."""
     arguments: dict[str, Value] = {}
+    if not present("fused_weight_gradient_mlp_cuda"):
+        # apex's. TransformerEngine's layers do without it, but the output layer is Megatron's own beside them too.
+        arguments["no-gradient-accumulation-fusion"] = True
     if not has_te:
         arguments |= {
             "transformer-impl": "local",
@@ -55,8 +58,6 @@ def missing_arguments(has_gpu: bool, has_te: bool) -> dict[str, Value]:
             "no-rope-fusion": True,
             "no-masked-softmax-fusion": True,
         }
-        if not _installed("fused_weight_gradient_mlp_cuda"):  # apex's
-            arguments["no-gradient-accumulation-fusion"] = True
     if not has_gpu:
         arguments |= {"distributed-backend": "gloo", "use-cpu-initialization": True}
     return arguments
@@ -74,12 +75,9 @@ def default_processes(config: RunConfig) -> int:
 
 
 def _refuse(config: RunConfig, key: str, value: Value) -> None:
-    lacking = "a GPU" if key in ("distributed-backend", "use-cpu-initialization") else "TransformerEngine (or apex)"
+    of_a_gpu = dict.fromkeys(("distributed-backend", "use-cpu-initialization"), "a GPU")
+    lacking = (of_a_gpu | {"no-gradient-accumulation-fusion": "apex"}).get(key, "TransformerEngine (or apex)")
     raise ValueError(
         f"{key} = {config.megatron[key]!r} needs {lacking}, which this machine lacks (`xact doctor`); "
         f"leave {key} out, and it will be {value!r} here"
     )
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -209,7 +209,7 @@ def on_ranks() -> dict:
         results["saved"] = {
             (name, backend): saved_bytes(backend, name, groups)
             for name in ("xielu", "swiglu", "relu2")
-            for backend in (None, "unfused")
+            for backend in (None, "unfused", "fp8")
         }
     return results
 
@@ -278,6 +278,25 @@ def hooks() -> dict:
         handle = mlp.linear_fc2.register_forward_hook(lambda module, args, y: None)
         found["post linear_fc2"] = fused_mlp.unfit(mlp)
         handle.remove()
+        for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+            handle = getattr(mlp.linear_fc1, register)(lambda module, *gradients: None)
+            found[register] = fused_mlp.unfit(mlp)
+            handle.remove()
+        handle = mlp.activation_func.register_forward_hook(lambda module, args, y: 2 * y)
+        try:
+            fused_mlp.run(mlp, x, fused_mlp.UNFUSED)
+        except RuntimeError as error:
+            found["changes y"] = str(error)
+        handle.remove()
+        for flag, value in (("explicit_expert_comm", True), ("disable_grad_reduce", True), ("gtp_remat_size", 2)):
+            before = getattr(mlp.linear_fc1, flag)
+            setattr(mlp.linear_fc1, flag, value)
+            found[flag] = fused_mlp.unfit(mlp)
+            setattr(mlp.linear_fc1, flag, before)
+        mlp.linear_fc1.weight.__fsdp_param__ = True  # Megatron FSDP's mark
+        found["fsdp"] = fused_mlp.unfit(mlp)
+        del mlp.linear_fc1.weight.__fsdp_param__
+        found["measured"] = shape_measured(mlp, x)
         mlp.linear_fc1.weight.requires_grad_(False)
         found["frozen"] = fused_mlp.unfit(mlp)
         mlp.linear_fc1.weight.requires_grad_(True)
@@ -285,6 +304,22 @@ def hooks() -> dict:
         mlp(x)
         found["on a CPU"] = mlp.way.backend
     return found
+
+
+def shape_measured(mlp, x: torch.Tensor) -> tuple | None:
+    """Of the matrix products between which `mlp = "auto"` chooses under sequence parallelism, x being a rank's part."""
+    from megatron_xact.kernels import linear, mlp_choice
+    from megatron_xact.layers import fused_mlp
+
+    shapes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp_choice, "_selected", "auto")
+        patch.setattr(mlp_choice, "unavailable_reasons", lambda *given: {})
+        unfused = mlp_choice.Choice(linear.Way("unfused"), "it is the fastest")
+        patch.setattr(mlp_choice, "choose", lambda activation, shape, *given: shapes.append(shape) or unfused)
+        patch.setattr(mlp.linear_fc1, "sequence_parallel", True)
+        fused_mlp.decide(mlp, x, None)
+    return (*vars(shapes[0]).values(),) if shapes else None
 
 
 def tiles_asked_for(mlp, x: torch.Tensor, way) -> list[str]:
@@ -408,9 +443,10 @@ def test_only_input_and_preactivation_are_saved(results, name):
     x, y, pre = 8 * 2 * 16 * 2, 32 * 32 * 2, 32 * 32 * 2 * (2 if name == "swiglu" else 1)
     for found in results:
         assert sorted(found["saved"][name, None]["torch.bfloat16"]) == sorted([x, pre, y])  # Megatron's linears
-        ours = found["saved"][name, "unfused"]
-        assert sorted(ours.pop("torch.bfloat16")) == sorted([x, pre])
-        assert sum(map(sum, ours.values())) <= 64  # alphas, fp32
+        for backend in ("unfused", "fp8"):
+            ours = dict(found["saved"][name, backend])
+            assert sorted(ours.pop("torch.bfloat16")) == sorted([x, pre])
+            assert sum(map(sum, ours.values())) <= 64  # alphas and factors, fp32
 
 
 def test_ranks_agree_on_what_the_first_measures(results):
@@ -432,9 +468,20 @@ def test_hooks_see_what_they_would_have_seen_or_rule_fusion_out(results):
     for found in results:
         hooks = found["hooks"]
         assert hooks["seen alike"]
-        for part in ("pre linear_fc1", "pre linear_fc2", "pre activation_func", "post linear_fc2"):
+        for part in (
+            "pre linear_fc1", "pre linear_fc2", "pre activation_func", "post linear_fc2",
+            "register_full_backward_hook", "register_full_backward_pre_hook",
+        ):  # fmt: skip
             assert "has hooks" in hooks[part]
+        assert "changes the activation's output" in hooks["changes y"]
+        for flag in ("explicit_expert_comm", "disable_grad_reduce"):
+            assert "in a way of their own" in hooks[flag]
+        for mark in ("gtp_remat_size", "fsdp"):
+            assert hooks[mark] == "its weights are sharded over data-parallel ranks"
         assert hooks["frozen"] == "a weight is frozen"
         assert hooks["tiles"] == ["ahead", "back"]
         assert hooks["in the end"] is None  # nothing of the above is left
         assert hooks["on a CPU"] == "unfused"
+    measured = [found["hooks"]["measured"] for found in results]
+    assert measured[0] == (16, 16, 32, torch.float32, True)  # all tokens of both ranks, this rank's half of ffn
+    assert measured[1] is None  # the first rank measures for all

@@ -23,14 +23,18 @@ from torch import Tensor
 BASE_BITS = 40  # the i-th argument that is a tensor lies at (i + 1) << 40
 
 
-def run(ptx: str, programs: int, arguments: list[Tensor | Described | float | int], seed: int | None = None) -> None:
+def run(
+    ptx: str, programs: int, arguments: list[Tensor | Described | float | int], seed: int | None = None, first: int = 0
+) -> None:
     """Launches the only kernel in `ptx`; arguments: all but compile-time ones. Tensors (on the CPU) are written to.
+
+    Programs before `first` are left out.
 
     With a seed, every result of a special function is `ULPS` off, up or down; else it is correctly rounded.
     """
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
     instructions, labels = _parsed(ptx)
-    groups = [(0, Machine(programs, threads, arguments, seed))]  # of programs that go the same way
+    groups = [(0, Machine(programs, threads, arguments, seed, first))]  # of programs that go the same way
     while groups:
         at, machine = groups.pop()
         while at < len(instructions):
@@ -80,7 +84,8 @@ def _places(argument: object) -> list[object]:
 
 
 class Machine:
-    def __init__(self, programs: int, threads: int, arguments: list, seed: int | None):
+    def __init__(self, launched: int, threads: int, arguments: list, seed: int | None, first: int):
+        programs = launched - first
         self.threads, self.seed = threads, seed
         self.tensors: list[np.ndarray] = []
         nothing = np.zeros(1, np.uint64)  # Triton's two own pointers, to scratch memory and profile
@@ -91,8 +96,8 @@ class Machine:
         self.program = program
         self.registers: dict[str, np.ndarray] = {
             "%tid.x": thread.astype(np.uint32),
-            "%ctaid.x": program.astype(np.uint32),
-            "%nctaid.x": np.full(len(program), programs, np.uint32),
+            "%ctaid.x": (program + first).astype(np.uint32),
+            "%nctaid.x": np.full(len(program), launched, np.uint32),
             "global_smem": np.zeros(1, np.uint32),
         }
 
@@ -103,6 +108,8 @@ class Machine:
         if isinstance(argument, Described):  # the map, the sizes and the strides
             sizes = [np.array([n], np.uint32) for n in argument.matrix.shape]
             return [np.zeros(1, np.uint64), *sizes, *(np.array([n], np.uint64) for n in argument.matrix.stride())]
+        if isinstance(argument, int) and argument >= 2**31:
+            return [np.array([argument], np.uint64)]
         return [np.array([argument], np.float32 if isinstance(argument, float) else np.int32).view(np.uint32)]
 
     def condition(self, predicate: str) -> np.ndarray:

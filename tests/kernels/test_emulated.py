@@ -14,7 +14,7 @@ from probe import evaluate
 from test_interpreted import assert_close, check, inputs
 
 from megatron_xact import activations
-from megatron_xact.kernels import fp8, reference, triton_fp8, triton_gemm
+from megatron_xact.kernels import fp8, reference, triton_fp8, triton_gemm, triton_gemm_parts, triton_pointwise
 
 
 def worst(name: str, dtype: str, moved: bool) -> dict[str, float]:
@@ -54,23 +54,29 @@ def test_kernels_with_bias_and_scale(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("xielu", torch.float8_e4m3fn), ("xielu", torch.float8_e5m2), ("swiglu", torch.float8_e4m3fn)]
+    "name, dtype", [("xielu", torch.float8_e4m3fn), ("xsilu_glu2", torch.float8_e5m2), ("swiglu", torch.float8_e4m3fn)]
 )
 def test_fp8_kernels(name, dtype):
     record, largest, tolerance = activations.get(name), test_fp8.LARGEST[dtype], test_fp8.half_a_step(dtype)
     x, dy, bias, p = test_fp8.inputs(record, (2, 75, 256 if record.gated else 200))
     x, dy, bias = x.bfloat16(), dy.bfloat16(), bias.bfloat16()
-    y, dx, _, _ = test_fp8.exact(record, x, dy, bias, p)
+    y, dx, sums, dbias = test_fp8.exact(record, x, dy, bias, p)
     for scaling in (fp8.Blockwise(), fp8.PerTensor(torch.tensor([0.25]))):
-        with emulated_gpu(seed=0):
+        with emulated_gpu(seed=0), test_fused_linear.poison():
             ours = triton_fp8.forward(record, x, p, scaling, dtype, True, True, bias, None)
-            back = triton_fp8.backward(record, x, p, dy, scaling, dtype, True, True, bias).dx
-        for true, q in ((y, ours), (dx, back)):
+            back = triton_fp8.backward(record, x, p, dy, scaling, dtype, True, True, bias)
+        assert_close("bias", back.bias, dbias, terms=x.numel() ** 0.5)
+        assert back.parameters.keys() == sums.keys()
+        for symbol, value in back.parameters.items():
+            assert_close(symbol, value.reshape(1), sums[symbol], terms=x.numel() ** 0.5)
+        for true, q in ((y, ours), (dx, back.dx)):
             if isinstance(scaling, fp8.Blockwise):
                 test_fp8.check_blocks(true, q.rows_RC, q.row_scale_inv, largest, True, tolerance)
                 test_fp8.check_blocks(true.T, q.columns_CR, q.column_scale_inv, largest, True, tolerance)
             else:
+                assert q.amax.item() == pytest.approx(true.abs().max().item(), rel=1e-5)
                 true = true.clamp(-4 * largest, 4 * largest)
+                assert q.row_scale_inv.item() == q.column_scale_inv.item() == 4.0
                 assert ((q.rows_RC.double() * 4 - true).abs() <= tolerance(true.abs(), 4.0)).all()
                 assert torch.equal(q.columns_CR.T.float(), q.rows_RC.float())
 
@@ -111,6 +117,41 @@ def test_hoppers_tiles(direction, name, tile):
             assert_close("dpre", back.dpre_MW, exact.dx)
             for symbol, value in back.parameters.items():
                 assert_close(symbol, value.reshape(1), exact.parameters[symbol].reshape(1), terms=pre.numel() ** 0.5)
+
+
+def test_the_last_of_more_than_2_to_the_31_elements():
+    """Whose offsets 32 bits do not hold. Of the memory, only what the last program touches is ever there."""
+    record, columns = activations.get("relu2"), 2048
+    rows = 2**31 // columns + 16
+    x, dy = (torch.empty(rows, columns, dtype=torch.bfloat16) for _ in range(2))
+    x[-1], dy[-1] = torch.linspace(-2, 2, columns), 1.0
+    y, slope = (t.bfloat16() for t in (x[-1].float().relu() ** 2, 2 * x[-1].float().relu()))
+    scale, one = torch.ones(rows), fp8.PerTensor(torch.ones(1))
+    narrow, w1 = torch.empty(rows, 16, dtype=torch.bfloat16), torch.randn(columns, 16).bfloat16()
+    narrow[-1] = 0.5
+    with emulated_gpu(80, last_only=True):
+        for given in ((), (None, scale)):  # as one long row, and row by row
+            assert torch.equal(triton_pointwise.forward(record, x, {}, *given)[-1, -64:], y[-64:])
+        assert torch.equal(triton_pointwise.backward(record, x, {}, dy, None, scale).dx[-1, -64:], slope[-64:])
+        pre, _ = triton_gemm.forward(record, narrow, w1, {})
+        assert_close("pre", pre[-1:, -64:], narrow[-1:].double() @ w1[-64:].double().T)
+    with emulated_gpu(90, last_only=True):
+        found = triton_fp8.forward(record, x, {}, one, torch.float8_e5m2, True, False, None, None)
+        assert torch.equal(found.rows_RC[-1, -64:].float(), y[-64:].to(torch.float8_e5m2).float())
+
+
+@triton.jit
+def place_kernel(out_ptr, rows, columns, SIZE: tl.constexpr):
+    row, column = triton_gemm_parts.place(tl.program_id(0), rows, columns, SIZE, SIZE)
+    tl.store(out_ptr + tl.program_id(0), (100 * row + column).to(tl.float32))
+
+
+def test_every_tile_of_a_product_is_made_once():
+    """Of 19 x 3: two whole groups of row blocks, and one that is not."""
+    out = torch.empty(19 * 3)
+    with emulated_gpu():
+        place_kernel[(19 * 3,)](out, 19 * 32 - 3, 3 * 32 - 1, SIZE=32)
+    assert sorted(out.tolist()) == [100 * row + column for row in range(19) for column in range(3)]
 
 
 # Planted errors

@@ -18,7 +18,7 @@ from megatron_xact.kernels import fp8, fp8_product, fp8_reference
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 SMALLEST_STEP = {torch.float8_e4m3fn: 2.0**-9, torch.float8_e5m2: 2.0**-16}  # among its subnormals
-SHAPES = {"one tile": (128, 128), "ragged": (2, 75, 200), "wide": (3, 1100)}
+SHAPES = {"one tile": (128, 128), "ragged": (2, 75, 202), "wide": (3, 1100)}
 
 
 def inputs(record, shape, seed=1):
@@ -182,6 +182,13 @@ def test_smoothing_saves_what_outliers_would_flush():
     assert m.tolist() == [0.5, 1.0, 1.0, 1.0]
 
 
+def test_gpus_with_fp8(monkeypatch):
+    """An A100, and an RTX of its generation, multiply nothing in FP8; Ada was the first."""
+    for capability, has in {(8, 0): False, (8, 6): False, (8, 9): True, (9, 0): True, (10, 0): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, its=capability: its)
+        assert fp8.gpu_has_fp8.__wrapped__(torch.device("cuda")) is has
+
+
 def test_factors_at_the_edges():
     inf = float("inf")
     amax = torch.tensor([0.0, inf, float("nan"), 448.0, 449.0, 1e-42, 2.0**-120, 3.4e38, 1.0])
@@ -273,6 +280,7 @@ def test_per_tensor_kernels(name):
         assert torch.equal(q.columns_CR.T, q.rows_RC)
         assert (q.rows_RC.double() / 3.0 - true).abs().max() <= 1e-6 * size
     assert kernels.forward_amax(record, x, p, bias).item() == amax.max().item()
+    assert kernels.forward_amax(record, -bias.expand_as(flat), p, bias).item() == 0.0, "a tile's padding counts"
     kernels.BIAS_ABORTS, aborts = True, kernels.BIAS_ABORTS
     apart = fp32_instead(rows, columns, scaling, True, True)
     kernels._launch_forward(record, flat, p, bias, apart, scaling, torch.float8_e4m3fn)
@@ -295,9 +303,10 @@ def test_multiplier_and_column_amax_of_the_kernels():
         flat, rows, columns = kernels._matrix(record, x)
         for scaling in (fp8.PerTensor(torch.tensor([3.0])), fp8.Blockwise()):
             ours = fp32_instead(rows, columns, scaling, True, True)
-            kernels._launch_forward(record, flat, p, bias, ours, scaling, torch.float8_e4m3fn, multiplier)
+            amax = kernels._launch_forward(record, flat, p, bias, ours, scaling, torch.float8_e4m3fn, multiplier)
             if isinstance(scaling, fp8.PerTensor):
                 true = y * multiplier
+                assert amax.max().item() == pytest.approx(true.abs().max().item(), rel=1e-6)
                 assert torch.equal(ours.columns_CR.T, ours.rows_RC)
                 assert ((ours.rows_RC.double() / 3.0 - true).abs() <= 1e-6 * true.abs().amax(0)).all()
             else:

@@ -84,12 +84,16 @@ def test_unfused(name, bias):
 
 
 def test_unfused_where_the_cpu_has_a_fused_pass():
-    """Enough elements for the compiled pass, whose backward gives y again too."""
-    record = activations.get("relu2")
-    pre, dout, w2 = torch.randn(256, 264), torch.randn(256, 4), torch.randn(4, 264)
-    back = linear.backward("unfused", replace(record, of_output=None), dout, w2, pre, {})
-    torch.testing.assert_close(back.y_MF, pre.relu() ** 2)
-    torch.testing.assert_close(back.dpre_MW, dout @ w2 * 2 * pre.relu())
+    """Enough elements for the compiled passes, which add the bias; that of backward gives y again too."""
+    record = replace(activations.get("relu2"), of_output=None)
+    x, w1, w2, dout, bias, _ = inputs(record, (256, 4, 264), torch.float32)
+    saved, y, pre = linear.forward("unfused", record, x, w1, {}, bias)
+    z = pre + bias
+    torch.testing.assert_close(y, z.relu() ** 2)
+    back = linear.backward("unfused", record, dout, w2, saved, {}, bias)
+    torch.testing.assert_close(back.y_MF, z.relu() ** 2)
+    torch.testing.assert_close(back.dpre_MW, dout @ w2 * 2 * z.relu())
+    torch.testing.assert_close(back.bias, back.dpre_MW.sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_unfused_rounds_to_bf16_where_fused_rounds():
@@ -155,6 +159,23 @@ def test_a_pre_activation_of_another_shape_is_refused():
 )
 def test_why_triton_cannot_serve(record, dtype, words):
     assert words in linear.unavailable_reason("triton", record, dtype, torch.device("cpu"))
+
+
+def test_tiles_follow_from_the_operands(monkeypatch):
+    """TMA reads rows that begin at multiples of 16 bytes; sums of a bias' gradient need registers."""
+    from megatron_xact.kernels import triton_gemm as gemm
+
+    monkeypatch.setattr(gemm, "_is_hopper", lambda device: True)
+    record, fit = activations.get("xielu"), torch.empty(32, 64, dtype=torch.float16)
+    odd_rows, odd_start = fit.new_empty(32, 60), fit.new_empty(32 * 64 + 1)[1:].view(32, 64)
+    for direction in linear.DIRECTIONS:
+        assert all(tile.tma for tile in gemm.candidates(direction, record, fit, fit, fit))
+        for other in (odd_rows, odd_start, fit[:0]):
+            assert not any(tile.tma for tile in gemm.candidates(direction, record, fit, other, fit))
+    with_bias = gemm.candidates(gemm.BACKWARD, record, fit, fit, fit, bias=True)
+    assert with_bias and all(tile.n < 256 and tile.per_multiprocessor == 1 for tile in with_bias)
+    one_row = fit.as_strided((1, 64), (3, 1))
+    assert gemm._described(one_row, (1, 64)).strides == [64, 1]
 
 
 # --- the kernels, in the interpreter ---

@@ -330,3 +330,16 @@ def test_the_steps_that_are_compared_differ_by_the_activation_alone(tmp_path):
     assert [(r.activation.name, r.mlp) for r in runs.values()] == [
         ("relu2", "unfused"), ("swiglu", "unfused"), ("xielu", "unfused"), ("xielu", "triton"), ("xielu", "auto")
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_beside_transformer_engine_the_mlps_that_are_fused_are_of_its_operations(tmp_path, monkeypatch):
+    """Of its modules, `layers.fused_mlp` refuses them."""
+    from megatron_xact.pretraining import config
+
+    monkeypatch.setattr(step, "has_te", lambda: True)
+    fuser = {}
+    for name, (file, mlp) in step.RUNS.items():
+        (tmp_path / "run.toml").write_text(step.config_of(Context(CPU, quick=False), file, mlp))
+        fuser[name] = config.load(tmp_path / "run.toml").megatron.get("use-transformer-engine-op-fuser", False)
+    assert fuser == dict.fromkeys(step.RUNS, False) | {"xielu, fused": True, "xielu, auto": True}

@@ -84,7 +84,8 @@ def tensors() -> dict:
 
     from megatron_xact import activations
     from megatron_xact.kernels.backends import select_backend
-    from megatron_xact.layers.te.quantized import can_quantize, quantized_forward
+    from megatron_xact.layers.te import quantized
+    from megatron_xact.layers.te.quantized import can_quantize, is_non_tn_fp8_gemm_supported, quantized_forward
 
     e4m3, amax = tex.DType.kFloat8E4M3, torch.tensor([0.25])
     current = partial(Float8CurrentScalingQuantizer, e4m3, "cpu")
@@ -107,12 +108,25 @@ def tensors() -> dict:
             one[f"{label}class"] = type(y).__name__
             one[f"{label}rows"], one[f"{label}columns"] = (error(decoded(y, c), exact) for c in (False, True))
         if name == "blockwise":
+            factors = y._rowwise_scale_inv
             one["TE reads"] = error(y.dequantize(), exact)
             y.update_usage(rowwise_usage=False, columnwise_usage=True)
             one["TE reads columns"] = error(y.dequantize(), exact)
+            any_factor = Float8BlockQuantizer(
+                e4m3, rowwise=True, columnwise=True, block_scaling_dim=1, force_pow_2_scales=False
+            )
+            y = quantized_forward(record, x, p, any_factor, rows=True, columns=False, internal=False)
+            one["powers of two"] = [whole_exponents(f) for f in (factors, y._rowwise_scale_inv)]
         only = quantized_forward(record, x, p, quantizer, rows=True, columns=False, internal=False)
         one["shape"], one["dtype"] = list(only.shape), str(only.dtype)
-    found["amax"], found["largest"] = amax.item(), exact.abs().max().item()
+    quantized_forward(record, x / 8, p, makers["delayed"](), rows=True, columns=False, internal=False)
+    found["amax"], found["largest"] = amax.item(), exact.abs().max().item()  # of all since it was last set to 0
+    y = quantized_forward(record, x * 1e-6, p, makers["current"](), rows=True, columns=True, internal=False)
+    found["floor"] = y._scale_inv.item() * 448.0
+    quantized.is_non_tn_fp8_gemm_supported = lambda: True
+    y = quantized_forward(record, x, p, makers["current"](), rows=True, columns=True, internal=False)
+    found["on Blackwell"] = [t is None for t in (y._data, y._transpose)]
+    quantized.is_non_tn_fp8_gemm_supported = is_non_tn_fp8_gemm_supported
     refused = {
         "2D blocks": Float8BlockQuantizer(e4m3, rowwise=True, columnwise=True, block_scaling_dim=2),
         "epsilon": Float8BlockQuantizer(e4m3, rowwise=True, columnwise=True, block_scaling_dim=1, amax_epsilon=1e-3),
@@ -123,10 +137,18 @@ def tensors() -> dict:
     reduced.with_amax_reduction = True
     refused["amax over ranks"] = reduced
     found["refused"] = {name: can_quantize(q, record, x, 256) for name, q in refused.items()}
+    found["refused"]["eps"] = can_quantize(current(), activations.get("xielu", eps=-1e-6), x, 256)
+    blocks = makers["blockwise"](rowwise=True, columnwise=True)
+    found["refused"]["columns of no whole block"] = can_quantize(blocks, record, x, 200)
     select_backend("reference")
     found["refused"]["kernels = reference"] = can_quantize(current(), record, x, 256)
     select_backend("auto")
     return found
+
+
+def whole_exponents(factors: torch.Tensor) -> float:
+    """Which share of the factors, but for padding, are powers of two."""
+    return (factors[factors > 0].log2() % 1 == 0).float().mean().item()
 
 
 def between_modules() -> dict:
@@ -134,8 +156,11 @@ def between_modules() -> dict:
     import transformer_engine_torch as tex
     from extension import decoded
     from transformer_engine.common.recipe import Float8CurrentScaling
+    from transformer_engine.debug.pytorch.debug_state import TEDebugState
+    from transformer_engine.pytorch import cpu_offload
+    from transformer_engine.pytorch.distributed import activation_recompute_forward
     from transformer_engine.pytorch.quantization import autocast
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 
     from megatron_xact import activations
     from megatron_xact.layers.activation import TrainableActivation
@@ -162,12 +187,24 @@ def between_modules() -> dict:
             found["y"] = [error(decoded(y, columns), exact) for columns in (False, True)]
     found["same gradients"] = all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
-    def kind(recipe=recipe, enabled=True, **changes):
+    def kind(recipe=recipe, enabled=True, x=x, recomputed=False, **changes):
         changed = SimpleNamespace(**(vars(follower) | changes))
-        with autocast(enabled=enabled, recipe=recipe):
+        with autocast(enabled=enabled, recipe=recipe), activation_recompute_forward(activation_recompute=recomputed):
             return type(QuantizingActivation(record, alone, changed)(x)).__name__
 
+    delayed = {"recipe": recipes()["delayed"], "fp8_meta": {"recipe": recipes()["delayed"]}}
+    delayed["quantizers"] = {"scaling_fwd": [Float8Quantizer(torch.tensor(8.0), torch.zeros(1), tex.DType.kFloat8E4M3)]}
+    found["delayed"], found["delayed, recomputed"] = kind(**delayed), kind(**delayed, recomputed=True)
+    found["recomputed"] = kind(recomputed=True)
+    TEDebugState.debug_enabled = True
+    found["debugged"] = kind()
+    TEDebugState.debug_enabled = None
+    cpu_offload.OFFLOAD_SYNCHRONIZER = object()  # TE's sign that somebody offloads
+    found["offloaded"] = kind()
+    cpu_offload.OFFLOAD_SYNCHRONIZER = None
     return found | {
+        "nothing": kind(x=x[:0]),
+        "sharded": kind(fsdp_group=object()),
         "FP8": kind(),
         "first step": kind(quantizers={}),
         "no FP8": kind(enabled=False),

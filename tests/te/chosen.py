@@ -39,8 +39,7 @@ def rank(number: int, folder: Path) -> dict:
         found = {"planted": plant(joined.activation_func.activation, tokens, seconds, number)}
 
     joined.eval()
-    with torch.no_grad():
-        before = joined(inputs(FUSED))[0]
+    before = joined(inputs(FUSED))[0].detach()  # with gradients: TE would make its pipeline anew for these
     found["evaluated first"] = way_and_operations(joined)
     joined.train()
     launched = note_launches()
@@ -60,12 +59,13 @@ def rank(number: int, folder: Path) -> dict:
         apart(inputs(FUSED))
         found[name] = way_and_operations(apart)
         setattr(apart.config, name, False)
-    apart.way = None
-    mlp_choice.select_mlp("quack")
-    try:
-        apart(inputs(FUSED))
-    except ValueError as error:
-        found["named"] = str(error)
+    for name in ("quack", "fp8"):
+        apart.way = None
+        mlp_choice.select_mlp(name)
+        try:
+            apart(inputs(FUSED))
+        except ValueError as error:
+            found[f"named {name}"] = str(error)
     return found
 
 

@@ -153,14 +153,28 @@ def test_quantized_tensors_say_the_same_in_te(found, kind):
     assert max(readings) < 2**-4  # half a step of e4m3
 
 
-def test_a_delayed_quantizers_amax_is_raised(found):
+def test_a_delayed_quantizers_amax_is_raised_and_never_lowered(found):
     assert found["tensors"]["amax"] == found["tensors"]["largest"] > 0.25
+
+
+def test_factors_are_as_the_quantizer_asks(found):
+    tensors = found["tensors"]
+    powers, others = tensors["blockwise"]["powers of two"]
+    assert powers == 1.0 and others < 0.1
+    assert tensors["floor"] == pytest.approx(1e-3)  # amax_epsilon, for an amax below it
+
+
+def test_gpus_that_multiply_any_layout_get_no_transposed_copy(found):
+    assert found["tensors"]["on Blackwell"] == [False, True]
 
 
 def test_other_quantizers_are_left_to_te(found):
     assert found["tensors"]["refused"] == dict.fromkeys(
-        ("2D blocks", "epsilon", "none", "unknown", "amax over ranks", "kernels = reference"), False
-    )
+        (
+            "2D blocks", "epsilon", "none", "unknown", "amax over ranks", "kernels = reference", "eps",
+            "columns of no whole block",
+        ), False
+    )  # fmt: skip
 
 
 def test_between_te_modules_fc2_gets_its_input_in_fp8_where_it_can(found):
@@ -168,7 +182,11 @@ def test_between_te_modules_fc2_gets_its_input_in_fp8_where_it_can(found):
     assert between["TrainableActivation"] == "Tensor"
     assert between["QuantizingActivation"] == between["FP8"] == "Float8Tensor"
     assert max(between["y"]) < 2**-4 and between["same gradients"]
-    for reason in ("first step", "no FP8", "other recipe", "own settings", "saves its input"):
+    assert between["delayed"] == between["recomputed"] == "Float8Tensor"
+    for reason in (
+        "first step", "no FP8", "other recipe", "own settings", "saves its input", "delayed, recomputed", "debugged",
+        "offloaded", "nothing", "sharded",
+    ):  # fmt: skip
         assert between[reason] == "Tensor", reason
 
 

@@ -75,4 +75,5 @@ def test_auto_leaves_fp8_and_overlapped_communication_to_te(chosen):
 
 
 def test_a_named_backend_that_cannot_run_is_an_error_in_te_too(chosen):
-    assert chosen["named"].startswith("mlp = 'quack' in [xact] cannot run here: it is not installed")
+    assert chosen["named quack"].startswith("mlp = 'quack' in [xact] cannot run here: it is not installed")
+    assert "cannot run here: TransformerEngine's layers have FP8 of their own" in chosen["named fp8"]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_xact import activations
 from megatron_xact.kernels import linear, mlp_choice
-from megatron_xact.layers import fp8_mlp
+from megatron_xact.layers import fp8_mlp, fused_mlp
 from megatron_xact.layers.mlp import ActivationMLP
 
 
@@ -30,7 +30,8 @@ def layer(request, groups):  # noqa: F811
     torch.manual_seed(0)
     mlp = ActivationMLP(transformer, submodules, ffn_hidden_size=64, tp_group=groups.tp, activation=record)
     mlp.set_layer_number(1)
-    results(mlp, mlp)  # what way to go is decided in the first call, which prints it
+    results(mlp.eval(), mlp)  # what way to go is decided in the first call, which prints it
+    mlp.train()
     assert mlp.way.backend == mlp_choice.FP8
     yield mlp
     mlp_choice.select_mlp(linear.UNFUSED)
@@ -61,6 +62,12 @@ def test_it_compiles_to_one_graph_with_the_bits_of_eager_code(layer):
     assert counters["stats"]["unique_graphs"] == 1 and sum(counters["graph_break"].values()) == 0
 
 
+@pytest.mark.parametrize("layer", [("xielu",), ("xielu", True)], indirect=True, ids=["plain", "smooth"])
+def test_no_tokens_have_no_gradients(layer):
+    out, _, dx, *gradients = results(layer, layer, tokens=0)
+    assert out.shape == dx.shape == (0, 2, 32) and not any(gradient.any() for gradient in gradients)
+
+
 def test_checkpointing_changes_no_bit(layer):
     recomputed = results(layer, lambda x: checkpoint(layer, x, use_reentrant=False))
     assert_same_bits(recomputed, results(layer, layer))
@@ -72,6 +79,27 @@ def test_autocast_changes_no_bit(layer):
             return layer(x)
 
     assert_same_bits(results(layer, call), results(layer, layer))
+
+
+def test_first_and_last_layers_are_kept_out_by_megatrons_option(layer):
+    layer.config.num_layers, layer.config.first_last_layers_bf16 = 5, True
+    layer.config.num_layers_at_start_in_bf16, layer.config.num_layers_at_end_in_bf16 = 2, 1
+    backends = []
+    for number in range(1, 6):
+        layer.set_layer_number(number)
+        layer.way = None
+        layer(random(4, 2, 32).bfloat16())
+        backends.append(layer.way.backend)
+    assert backends == ["unfused", "unfused", "fp8", "fp8", "unfused"]
+
+
+@pytest.mark.parametrize("backend", ["fp8", "unfused"])
+def test_a_second_derivative_is_refused(layer, backend):
+    x, dout = (random(12, 2, 32, seed=seed).bfloat16().requires_grad_() for seed in (0, 1))
+    out, _ = fused_mlp.run(layer, x, linear.Way(backend))
+    (dx,) = torch.autograd.grad(out, x, dout, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_transforms_are_refused(layer):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import import_module
@@ -22,10 +25,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_xact import activations
-from megatron_xact.layers import specs
+from megatron_xact.layers import coverage, fused_mlp, specs
 from megatron_xact.layers.activation import TrainableActivation
 from megatron_xact.layers.coverage import Unsupported
 from megatron_xact.layers.local import Norm, ScaledDotProductAttention
+from megatron_xact.layers.parallel_linear import added_to_main_grad
 
 FP32 = 1e-6  # relative, in norm, against fp64
 
@@ -239,6 +243,34 @@ def test_state_dict_of_a_whole_model(groups):
     assert model.decoder.layers[0].mlp.activation_func.alpha_p.item() != 3.25
 
 
+# --- weight gradients that are added into main_grad -------------------------------------------------------------------
+def test_a_gradient_that_somebody_will_add_is_zero():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, True
+    torch.use_deterministic_algorithms(True)  # fills what is allocated and not written with NaN
+    try:
+        stand_in = added_to_main_grad(weight, torch.ones(4, 3), torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weight.grad_added_to_main_grad
+    assert torch.equal(stand_in, torch.zeros(4, 3, dtype=torch.bfloat16))
+
+
+def test_megatrons_kernel_is_the_one_for_main_grads_dtype(monkeypatch):
+    """apex's, which adds into 32 or 16 bits of whatever it is given."""
+    called = []
+    kernels = {f"wgrad_gemm_accum_fp{bits}": lambda *tensors, bits=bits: called.append(bits) for bits in (16, 32)}
+    monkeypatch.setattr(megatron_layers, "fused_weight_gradient_mlp_cuda", SimpleNamespace(**kernels), raising=False)
+    weight, x, dy = torch.nn.Parameter(torch.ones(4, 3)), torch.ones(2, 3), torch.ones(2, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        main_grad = torch.zeros(4, 3, dtype=dtype)
+        fused_mlp._weight_gradient(weight, main_grad, x, dy, SimpleNamespace(accumulate=True))
+        assert weight.main_grad is main_grad
+    assert called == [32, 16, 16]
+    with pytest.raises(RuntimeError, match="gradients in torch.float64 cannot be accumulated"):
+        fused_mlp._weight_gradient(weight, main_grad.double(), x, dy, SimpleNamespace(accumulate=True))
+
+
 # --- specs ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", activations.names())
 def test_megatron_finds_the_spec_of_every_activation(name):
@@ -302,6 +334,12 @@ REFUSED = {
 def test_refuses_what_the_spec_does_not_cover(groups, feature):
     with pytest.raises(Unsupported, match=f"{feature}.* is not supported.*leave it out"):
         specs.xielu(gpt(REFUSED[feature]()))
+
+
+@pytest.mark.parametrize("key", ["hybrid_layer_pattern", "heterogeneous_layers_config_path"])
+def test_refuses_layers_of_several_kinds(key):
+    with pytest.raises(Unsupported, match=f"layers of several kinds .{key.replace('_', '-')} = 'x'. is not supported"):
+        coverage.refuse(Namespace(**{key: "x"}), None)
 
 
 @pytest.mark.parametrize("key, value", [("fp8", "hybrid"), ("window_size", (8, 0)), ("softmax_type", "off-by-one")])

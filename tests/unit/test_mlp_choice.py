@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_xact import activations
+from megatron_xact import activations, installed
 from megatron_xact.bench import mlp as bench
 from megatron_xact.kernels import backends, linear, mlp_choice, mlp_timing
 from megatron_xact.kernels.mlp_choice import choose
@@ -157,11 +157,22 @@ def test_anything_else_is_measured_for_itself(change):
     assert asked_again(gauge, **change)
 
 
-def test_another_version_is_measured_anew(monkeypatch):
+def test_another_version_or_gpu_is_measured_anew(monkeypatch):
     gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
     assert asked_again(gauge)
     monkeypatch.setattr(mlp_choice, "__version__", "0.0.0+other")
     assert asked_again(gauge)
+    monkeypatch.setattr(torch, "__version__", "0.0.0+other")
+    assert asked_again(gauge)
+    version = installed.version
+    for other in ("triton", "quack-kernels"):
+        monkeypatch.setattr(installed, "version", lambda name, other=other: "0" if name == other else version(name))
+        assert asked_again(gauge)
+    files = set()
+    for gpu in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        files.add(mlp_choice.path_of(mlp_choice._key(XIELU, SHAPE, torch.device("cuda"))))
+    assert len(files) == 2
 
 
 @pytest.mark.parametrize(
@@ -239,6 +250,11 @@ def test_a_named_backend_that_cannot_run_is_refused_before_training():
         fused_mlp.select("quack", XIELU, config())
     with pytest.raises(ValueError, match="cannot run here: cpu-offloading = True"):
         fused_mlp.select("triton", XIELU, config(cpu_offloading=True, cpu_offloading_num_layers=0))
+    for key in ("fp8", "fp4", "tp_comm_overlap", "enable_autocast", "use_kitchen"):
+        transformer = config()
+        setattr(transformer, key, True)
+        with pytest.raises(ValueError, match=f"{key.replace('_', '-')} = True needs Megatron's own way"):
+            fused_mlp.select("triton", XIELU, transformer)
     with pytest.raises(ValueError, match="mlp = 'cutlass' is not one of auto, unfused, triton, quack"):
         fused_mlp.select("cutlass", XIELU, config())
     for name in ("unfused", "auto"):
@@ -247,7 +263,7 @@ def test_a_named_backend_that_cannot_run_is_refused_before_training():
 
 
 def test_a_named_backend_that_is_not_installed_is_refused_before_ranks_start(monkeypatch):
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"mlp = 'quack' in \[xact\] needs the package quack, which is not installed"):
         checks._mlp("quack")
     for name in ("auto", "unfused"):
@@ -305,6 +321,8 @@ def planted(monkeypatch):
     def factor(backend, direction, tile):
         if (backend, direction, "crash") in wrong:
             raise RuntimeError("no such  instruction")
+        if (backend, direction, "nan") in wrong:
+            return torch.nan
         return 1.2 if {(backend, direction, tile), (backend, direction, None)} & {*wrong} else 1.0
 
     def ahead(backend, *args, tile=None):
@@ -335,10 +353,13 @@ def test_a_tile_that_computes_something_else_is_not_used(planted):
     assert all("differ from the unfused ones by 2.0e-01" in why for why in measured.failed.values())
 
 
-def test_a_backend_that_does_not_compile_is_not_used(planted):
-    planted += [("quack", "backward", "crash")]
-    measured = mlp_timing.measure(XIELU, SHAPE, CPU, ["quack"], repeats=1)
+def test_a_backend_that_does_not_compile_or_gives_nan_is_not_used(planted):
+    planted += [("quack", "backward", "crash"), ("triton", "forward", "nan")]
+    measured = mlp_timing.measure(XIELU, SHAPE, CPU, ["quack", "triton"], repeats=1)
     assert measured.seconds.keys() == {"unfused"} and not measured.tiles
-    tile = tiles_of("quack", "backward")[0]
-    why = f"none of its tiles works, quack backward {tile}: failed: no such instruction"
-    assert measured.failed == {"quack": why}
+    tiles = [f"{backend} {direction} {tiles_of(backend, direction)[0]}"
+             for backend, direction, _ in planted]  # fmt: skip
+    assert measured.failed == {
+        "quack": f"none of its tiles works, {tiles[0]}: failed: no such instruction",
+        "triton": f"none of its tiles works, {tiles[1]}: its results differ from the unfused ones by nan",
+    }

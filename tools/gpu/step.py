@@ -78,6 +78,10 @@ def _run(context: Context, config: str, mlp: str) -> dict:
     }
 
 
+def has_te() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 def config_of(context: Context, config: str, mlp: str) -> str:
     """TOML of a run: as in the paper but for data, length, layout, and what it leaves behind."""
     from megatron_xact.pretraining import config as configs
@@ -92,5 +96,7 @@ def config_of(context: Context, config: str, mlp: str) -> str:
         "tensor-model-parallel-size": 1, "log-interval": 1, "tensorboard-log-interval": 1, "num-workers": 0,
     }  # fmt: skip
     words = ["--mock-data", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+    if mlp != "unfused" and has_te():
+        words.append("--use-transformer-engine-op-fuser")  # its modules cannot be fused with ours, its operations can
     run = run.with_overrides(words, [f"xact.mlp={mlp}"])
     return replace(run, megatron={k: v for k, v in run.megatron.items() if k not in LEFT_OUT}).dump()
