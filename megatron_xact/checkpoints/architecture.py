@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.pretraining.resume import identity
 
 # Megatron's `--use-rope-scaling` is Llama 3's, with these constants built in; only the factor is an argument.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -156,7 +157,7 @@ def to_megatron(a: Architecture) -> dict[str, object]:
     return table | {flag: True for flag, wanted in flags.items() if wanted}
 
 
-# The activation: its identity is {"name", "trainable": [names], "fixed": {name: effective value}, "eps"}
+# The activation: see resume.identity, which `xact pretrain` saves
 
 # Flags of xIELU forks of Megatron, whose checkpoints have no identity.
 _FORK_FLAGS = {"xielu": "xielu", "xiprelu": "xiprelu"}
@@ -181,7 +182,7 @@ def identity_of(args: Namespace) -> dict:
 
 
 def record(identity: Mapping) -> Activation:
-    """The record of an identity, with the fixed values it was trained with."""
+    """The record of an `identity`, with the fixed values it was trained with: its inverse."""
     name, fixed = identity["name"], dict(identity.get("fixed", {}))
     # A trained parameter's start value only has to be possible here: above its bound, which may be a fixed value.
     start = {
@@ -191,16 +192,6 @@ def record(identity: Mapping) -> Activation:
     }
     trainable = identity.get("trainable")
     return activations.get(name, trainable=trainable, eps=identity.get("eps", 0.0), **fixed, **start)
-
-
-def identity(activation: Activation) -> dict:
-    """The inverse of `record`, as `xact pretrain` saves it."""
-    return {
-        "name": activation.name,
-        "trainable": [q.name for q in activation.trainable],
-        "fixed": {q.name: q.init for q in activation.parameters if not q.trainable},
-        "eps": activation.eps,
-    }
 
 
 # Families: which transformers class computes what
@@ -303,6 +294,7 @@ FAMILIES = (
             "use_sliding_window": False,
             "auto_map": {
                 "AutoConfig": "modeling_xact.XactConfig",
+                "AutoModel": "modeling_xact.XactModel",  # what vLLM builds
                 "AutoModelForCausalLM": "modeling_xact.XactForCausalLM",
             },
         },

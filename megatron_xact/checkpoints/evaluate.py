@@ -9,14 +9,9 @@ Every token but the first is predicted once. Padding of the vocabulary gets no p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import math
 import os
-import sys
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import batched, groupby
@@ -29,6 +24,9 @@ from torch import Tensor
 
 from megatron_xact.checkpoints import model as models
 from megatron_xact.checkpoints.model import Model
+from megatron_xact.installed import extra
+from megatron_xact.pretraining.data.indexed import read_index
+from megatron_xact.pretraining.data.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def loss(
     stride < seq_length: windows overlap, and each predicts only its last `stride` tokens, so with more context.
     ValueError or OSError: no such data, ids outside the vocabulary, or impossible sizes.
     """
-    tokens = open_tokens(prefix)
+    tokens = read_index(Path(prefix)).tokens
     seq_length = seq_length or model.seq_length
     stride = stride or seq_length
     if not 1 <= seq_length <= model.max_length:
@@ -119,7 +117,7 @@ def loss(
     if len(used) < 2:
         raise ValueError(f"{prefix}.bin has {len(used)} tokens; at least 2 are needed")
     total = 0.0
-    with contextlib.closing(_Progress(f"loss on {Path(prefix).name}", len(used) - 1)) as progress:
+    with Progress(f"loss on {Path(prefix).name}", len(used) - 1, unit=" tokens") as progress:
         for window, first in _batches(used, seq_length, stride, batch_size):
             if (top := int(window.max())) >= model.vocab_size:
                 raise ValueError(
@@ -132,23 +130,6 @@ def loss(
     per_byte = _tokens_per_byte(Path(prefix))
     bits = mean * per_byte / math.log(2) if per_byte else None
     return Loss(str(prefix), len(used) - 1, seq_length, stride, mean, math.exp(min(mean, 700.0)), bits)
-
-
-def open_tokens(prefix: str | Path) -> np.ndarray:
-    """All token ids of an indexed dataset in file order, memory-mapped."""
-    for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise FileNotFoundError(
-                f"no such file {prefix}{suffix} (a data path is the common prefix of a .bin and an .idx file; "
-                "`xact data prepare` makes them)"
-            )
-    with warnings.catch_warnings():  # Megatron warns about optimizers and ranks, which have no part in reading data
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)
-        dtype = IndexedDataset(str(prefix)).index.dtype
-    return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
 
 
 def _batches(tokens: np.ndarray, seq_length: int, stride: int, batch_size: int) -> Iterator[tuple[Tensor, int]]:
@@ -189,30 +170,6 @@ def _tokens_per_byte(prefix: Path) -> float | None:
     return split.tokens / split.bytes if split else None
 
 
-class _Progress:
-    """Over tokens: a bar with an ETA on a terminal, a line every 10 s in a log."""
-
-    def __init__(self, what: str, total: int):
-        from tqdm import tqdm
-
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, unit="tok", unit_scale=True, leave=False, disable=hidden)
-        self.what, self.total, self.done, self.started = what, total, 0, time.monotonic()
-        self.told = self.started
-
-    def update(self, tokens: int) -> None:
-        self.bar.update(tokens)
-        self.done += tokens
-        now = time.monotonic()
-        if self.bar.disable and now - self.told >= 10.0:
-            self.told, speed = now, self.done / (now - self.started)
-            state = f"{self.done:,} of {self.total:,} tokens, {speed:,.0f}/s"
-            print(f"{self.what}: {state}, ETA {(self.total - self.done) / speed:.0f} s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
 # lm-evaluation-harness
 
 
@@ -227,7 +184,7 @@ def _prepare_harness(include_path: str | None) -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install 'megatron-xact[eval]'"
+            f"--tasks needs lm-evaluation-harness ({error.name} is missing): {extra('eval')}"
         ) from None
 
 

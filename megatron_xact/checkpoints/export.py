@@ -124,10 +124,10 @@ def export(
             generation = {key: value for key, value in files.special.items() if value is not None}
             _write_json(folder / tokenizer_files.GENERATION, {"_from_model_config": True, **generation})
         if family(a).model_type == "xact":
-            (folder / MODELING_FILE).write_text(modeling_source(a.activation))
+            (folder / MODELING_FILE).write_text(modeling_source(a.activation), encoding="utf-8")
         run = source.folder.parent if (source.folder.parent / "progress.jsonl").is_file() else None
         text = card(out.absolute().name, a, source.args, source.iteration, name, effective, run)
-        (folder / "README.md").write_text(text)
+        (folder / "README.md").write_text(text, encoding="utf-8")
         safetensors_io.verify_checksums(folder, shards, checksums)
         verified = _verify(source.folder, folder, files.folder) if verify else "no (--no-verify)"
     return Exported(
@@ -164,23 +164,11 @@ def _verify(checkpoint: Path, folder: Path, tokenizer: Path) -> str:
 
     report = verify.verify(checkpoint, folder, tokenizer=tokenizer)
     if not report.same:
-        where = f"; first differing module: {report.first_module}" if report.first_module else ""
-        problems = "; ".join(report.problems[:3])
         raise ValueError(
-            f"the exported model is not the checkpoint's: {problems}{where} (A: the checkpoint, B: the export; with "
+            f"the exported model is not the checkpoint's: {report.summary()} (A: the checkpoint, B: the export; with "
             "--no-verify it is written uncompared)"
         )
-    return summary(report)
-
-
-def summary(report) -> str:
-    """A report of `verify` that found no difference, in one line."""
-    found = [f"{report.tensors} tensors equal"]
-    if report.logits_difference is not None:
-        found.append(f"fp32 logits within {report.logits_difference:.1e} on {report.text_tokens} tokens")
-    if report.continuation:
-        found.append(report.continuation.partition(":")[0])
-    return "; ".join([*found, *report.skipped])
+    return report.summary()
 
 
 def size_in_bytes(size: str | int) -> int:
@@ -193,6 +181,6 @@ def size_in_bytes(size: str | int) -> int:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ def whole_folder(out: Path, needed: int, overwrite: bool = False) -> Iterator[Pa
     partial.mkdir()
     try:
         yield partial
-        for path in (p for p in partial.rglob("*") if p.is_file()):
+        for path in (*partial.rglob("*"), partial):  # folders too: they hold the files' names
             sync(path)
         if out.exists():
             out.rename(_aside(out))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -50,7 +51,7 @@ from megatron_xact.checkpoints.megatron_io import LegacyCheckpoint, open_checkpo
 from megatron_xact.checkpoints.safetensors_io import Weights
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining import arguments
-from megatron_xact.pretraining.checks import TRACKER
+from megatron_xact.pretraining.checkpointing.folder import TRACKER
 from megatron_xact.pretraining.config import EVAL_INTERVAL, ActivationConfig, RunConfig, XactConfig
 from megatron_xact.pretraining.data.progress import Progress
 
@@ -136,7 +137,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"weights     {done.bytes / 1e6:,.1f} MB, {done.seconds:.1f} s")
     print(f"verified    {done.verified}")
     print(f"imported    {done.folder}")
-    print(f"go on with  xact pretrain {done.folder}/config.toml --save RUN --load RUN --train-data-path PREFIX \\")
+    config = shlex.quote(f"{done.folder}/config.toml")
+    print(f"go on with  xact pretrain {config} --save RUN --load RUN --train-data-path PREFIX \\")
     print("                --train-iters N --lr LR --micro-batch-size N --global-batch-size N")
     return 0
 
@@ -174,14 +176,14 @@ def import_checkpoint(
         with Progress("import", total) as progress:
             produce = _Produce(found, dtypes, progress)
             megatron_io.write(folder / "release", produce.tensors, dtypes, produce, _arguments(config, a))
-        (folder / TRACKER).write_text("release")
+        (folder / TRACKER).write_text("release", encoding="utf-8")
         if found.tokenizer is not None:
             # A copy: what is imported can then be moved or deleted. And a tokenizer beside a config.json with code
             # (auto_map) makes transformers ask on the terminal, on every rank, whether to run that code.
             (folder / "tokenizer").mkdir()
             found.tokenizer.copy(folder / "tokenizer")
             tokenizer_files.keep_ids(source, folder / "tokenizer")
-        (folder / "config.toml").write_text(config.dump())
+        (folder / "config.toml").write_text(config.dump(), encoding="utf-8")
         verified = _verify(source, folder) if verify else "no (--no-verify)"
     dtype = str(found.dtype).removeprefix("torch.")
     return Imported(out, a, dtype, total, time.monotonic() - started, found.notes, verified)
@@ -366,13 +368,11 @@ def _arguments(config: RunConfig, a: Architecture) -> Namespace:
 
 def _verify(source: Path, folder: Path) -> str:
     from megatron_xact.checkpoints import verify
-    from megatron_xact.checkpoints.export import summary
 
     if not (source / "config.json").is_file():
         return "no: only Hugging Face sources can be compared"
     tokenizer = folder / "tokenizer"
     report = verify.verify(source, folder, tokenizer=tokenizer if tokenizer.is_dir() else None)
     if not report.same:
-        where = f"; first differing module: {report.first_module}" if report.first_module else ""
-        raise ValueError(f"the imported model is not the source's: {'; '.join(report.problems[:3])}{where}")
-    return summary(report)
+        raise ValueError(f"the imported model is not the source's: {report.summary()}")
+    return report.summary()

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_xact.checkpoints.mapping import LOCAL_NAMES, MegatronTensor, Rule
-from megatron_xact.pretraining.checks import TRACKER, check_checkpoint
+from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkpoint
 
 # What a checkpoint holds besides the model.
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|chained_\d+\.|rng_state|rerun_state|opt_param_scheduler")
@@ -202,7 +202,8 @@ class LegacyCheckpoint:
 
     def _of_tp_rank(self, stages: dict[int, dict]) -> dict[str, Tensor]:
         """Every pipeline stage's (and virtual stage's) tensors, layers renumbered from the first stage on."""
-        chunks = sorted(key for key in stages[0] if re.fullmatch(r"model\d*", key))
+        chunks = [key for key in stages[0] if re.fullmatch(r"model\d*", key)]
+        chunks.sort(key=lambda key: int(key.removeprefix("model") or 0))  # model10 comes after model9
         per_chunk = self.args.num_layers // (self.pp * len(chunks))
         found = {}
         for pp, state in stages.items():
@@ -292,7 +293,8 @@ def write(
     except CheckpointException as error:  # torch wraps all that is raised inside, Ctrl-C too
         cause, _ = error.failures[0]
         raise cause from None
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
 
 
 class _Planner(SavePlanner):

@@ -24,7 +24,7 @@ from megatron_xact.checkpoints import megatron_io, tokenizer_files
 from megatron_xact.checkpoints.architecture import identity_of, record, vocabulary_size
 from megatron_xact.checkpoints.modeling import is_ours
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
-from megatron_xact.pretraining.checks import TRACKER
+from megatron_xact.pretraining.checkpointing.folder import TRACKER
 
 # What a run's arguments say about parallelism, precision and speed, replaced by: one rank, fp32, nothing fused.
 _ONE_RANK = {
@@ -144,17 +144,15 @@ def load(folder: str | Path, step: int | None = None) -> Model:
         module = load_hf(source.path)
         length = getattr(module.config, "max_position_embeddings", None) or 2048
         return Model(source, module, module.config.vocab_size, length, min(length, 2048))
-    module, args = load_megatron(source.path)
+    module, args = load_megatron(source)
     vocabulary = args.padded_vocab_size
     with contextlib.suppress(ValueError):  # no tokenizer: the padding stays in
         vocabulary = min(vocabulary, vocabulary_size(args, tokenizer_files_of(source, args).size))
     return Model(source, module, vocabulary, args.max_position_embeddings, args.seq_length, args)
 
 
-def load_megatron(
-    folder: str | Path, step: int | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[torch.nn.Module, Namespace]:
-    """A checkpoint saved with any parallelism as one GPTModel in this process, and the arguments of its run.
+def load_megatron(source: Source) -> tuple[torch.nn.Module, Namespace]:
+    """A checkpoint saved with any parallelism as one fp32 GPTModel in this process, and the arguments of its run.
 
     On the GPU if there is one. ValueError: tensors missing or unexpected, or no activation known for it.
     """
@@ -166,11 +164,8 @@ def load_megatron(
 
     from megatron_xact.layers.specs import decoder_block
 
-    source = locate(folder, step)
     if source.kind == "legacy":
         raise ValueError(f"{source.path} is in Megatron's old format of a file per rank; bring it over: xact import")
-    if source.kind != "megatron":
-        raise ValueError(f"{folder} is a Hugging Face folder; a Megatron checkpoint is needed here")
     common = dist_checkpointing.load_common_state_dict(str(source.path))
     args = common["args"]
     changed = copy.copy(args)
@@ -191,7 +186,7 @@ def load_megatron(
     }
     _compare_names(source.path, {shard.key for shard in wanted.values()})
     model.load_state_dict(dist_checkpointing.load(wanted, str(source.path)), strict=False)
-    return model.to(dtype).eval(), args
+    return model.eval(), args
 
 
 def load_hf(folder: str | Path) -> torch.nn.Module:

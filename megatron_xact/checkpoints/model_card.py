@@ -34,6 +34,7 @@ def card(
         f"(checkpoint of step {iteration:,}), for transformers' `{f.class_name}`"
         + (", whose code is in `modeling_xact.py` here." if remote else "."),
         _usage(remote),
+        _vllm(a, remote),
         "## Architecture\n\n" + _rows(_architecture(a, dtype)),
         "## Activation\n\n" + _activation(a, effective),
         "## Training\n\n" + _rows(_training(args, iteration)),
@@ -42,7 +43,7 @@ def card(
     if results:
         parts.append("## Losses\n\n" + _rows(results))
     if run is not None and (run / "config.toml").is_file():
-        parts.append(f"## Recipe\n\n```toml\n{_recipe((run / 'config.toml').read_text())}\n```")
+        parts.append(f"## Recipe\n\n```toml\n{_recipe((run / 'config.toml').read_text(encoding='utf-8'))}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,6 +58,14 @@ def _usage(remote: bool) -> str:
         "print(tokenizer.decode(tokens[0]))\n"
         "```"
     )
+
+
+def _vllm(a: Architecture, remote: bool) -> str:
+    """What vLLM 0.32 needs and does; its Apertus has xIELU only."""
+    apertus, xielu = family(a).model_type == "apertus", a.activation.name == "xielu"
+    words = " --trust-remote-code" if remote else " --model-impl transformers" if apertus and not xielu else ""
+    rounding = " It rounds alpha_p and alpha_n to bfloat16, whatever `--dtype` says." if apertus and xielu else ""
+    return f"In vLLM: `vllm serve .{words}`.{rounding}"
 
 
 def _architecture(a: Architecture, dtype: str) -> dict[str, object]:

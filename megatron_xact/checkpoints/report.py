@@ -41,7 +41,7 @@ class Report:
             return "; ".join(self.problems[:3]) + where
         found = [f"{self.tensors} tensors equal"]
         if self.logits_difference is not None:
-            found.append(f"logits within {self.logits_difference:.1e} on {self.text_tokens} tokens")
+            found.append(f"fp32 logits within {self.logits_difference:.1e} on {self.text_tokens} tokens")
         if self.continuation:
             found.append(self.continuation.partition(":")[0])
         return "; ".join([*found, *self.skipped])

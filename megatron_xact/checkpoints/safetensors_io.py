@@ -79,7 +79,7 @@ def write(
         places = {name: shard.file for shard in shards for name in shard.shapes}
         total = sum(prod(s) for shard in shards for s in shard.shapes.values())
         index = {"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return checksums
 
 
@@ -137,7 +137,7 @@ class Weights:
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:

@@ -59,7 +59,7 @@ def keep_ids(model: Path, out: Path) -> None:
     if (model / "config.json").is_file():
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         ids = {f"{kind}_id": config[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in config}
-        (out / IDS).write_text(json.dumps(ids) + "\n")
+        (out / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
 
 def of_checkpoint(args: Namespace, checkpoint: Path) -> TokenizerFiles:

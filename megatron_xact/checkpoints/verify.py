@@ -196,8 +196,8 @@ def _too_big(a: Side, b: Side) -> str | None:
     if torch.cuda.is_available():
         available = min(available, float(torch.cuda.mem_get_info()[0]))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (word := limit.read_text().strip()).isdecimal():
-        available = min(available, int(word) - int(used.read_text()))
+    if limit.is_file() and (word := limit.read_text(encoding="ascii").strip()).isdecimal():
+        available = min(available, int(word) - int(used.read_text(encoding="ascii")))
     if needed <= available:
         return None
     return (

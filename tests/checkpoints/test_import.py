@@ -19,7 +19,7 @@ from megatron_xact.checkpoints.importing import import_checkpoint
 from megatron_xact.checkpoints.mapping import MegatronTensor, table
 from megatron_xact.checkpoints.megatron_io import open_checkpoint
 from megatron_xact.pretraining import config as config_file
-from megatron_xact.pretraining.config import validate
+from megatron_xact.pretraining.checks import validate
 
 pytestmark = pytest.mark.distributed
 
@@ -328,6 +328,22 @@ def test_the_old_format(reference, tmp_path):
         assert torch.equal(found[key], bf16(key, tensor).float()), key
 
 
+def test_virtual_stages_and_gated_weights_of_the_old_format(tmp_path):
+    """2 tensor x 2 pipeline ranks of 11 chunks, dealt out in turn; each rank has its rows of the gate and of the up."""
+    pieces = torch.randn(22, 2, 2, 3, 5)  # layer, gate or up, tensor-parallel rank, rows of each, columns
+    for tp in range(2):
+        for pp in range(2):
+            path = tmp_path / f"mp_rank_{tp:02d}_{pp:03d}"
+            path.mkdir()
+            name = "decoder.layers.0.mlp.linear_fc1.weight"
+            parts = {f"model{i}": {name: pieces[2 * i + pp, :, tp].reshape(6, 5)} for i in range(11)}
+            torch.save({"args": Namespace(num_layers=22), **parts}, path / "model_optim_rng.pt")
+    source = open_checkpoint(tmp_path)
+    for layer in range(22):
+        tensor = MegatronTensor(f"decoder.layers.{layer}.mlp.linear_fc1.weight", (12, 5), "gated")
+        assert torch.equal(source.read(tensor), pieces[layer].reshape(12, 5)), layer
+
+
 @pytest.mark.parametrize("policy, share", [("average", 0.5), ("rank0", 0.0), ("refuse", None)])
 def test_ranks_whose_alphas_disagree(reference, tmp_path, policy, share):
     args, weights = reference
@@ -391,7 +407,7 @@ def test_the_writer_makes_what_a_run_makes(runs, tmp_path):
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from megatron_xact.pretraining.checks import check_checkpoint
+    from megatron_xact.pretraining.checkpointing.folder import check_checkpoint
 
     source = open_checkpoint(runs["arcee"])
     wanted = [t for rule in table(from_megatron(source.args, VOCABULARY)) for t in rule.megatron]

@@ -27,7 +27,7 @@ _HOME = "megatron_xact.activations"
 
 def modeling_source(activation: Activation) -> str:
     """The text of modeling_xact.py for a model with this activation."""
-    template = (Path(__file__).parent / MODELING_FILE).read_text()
+    template = (Path(__file__).parent / MODELING_FILE).read_text(encoding="utf-8")
     before, rest = template.split(BEGIN)
     _, after = rest.split(END)
     return before + BEGIN + activation_code(activation) + END + after
@@ -64,8 +64,8 @@ def is_ours(folder: Path) -> bool:
     if not file.is_file() or not config.is_file():
         return False
     try:
-        identity = json.loads(config.read_text())["activation"]
-        return file.read_text() == modeling_source(record(identity))
+        identity = json.loads(config.read_text(encoding="utf-8"))["activation"]
+        return file.read_text(encoding="utf-8") == modeling_source(record(identity))
     except (KeyError, TypeError, ValueError):
         return False
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel, Qwen3RMSNorm
 
 Pointwise = Values = Grads = Unary = Any  # words of the annotations below
 
@@ -130,7 +130,7 @@ class XactMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x), up) if GATED else self.act_fn(up))
 
 
-class XactForCausalLM(Qwen3ForCausalLM):
+class XactModel(Qwen3Model):
     config_class = XactConfig
 
     def __init__(self, config: XactConfig):
@@ -138,7 +138,7 @@ class XactForCausalLM(Qwen3ForCausalLM):
             raise ValueError(f"config.json says {config.activation['name']}, this file has {NAME}")
         super().__init__(config)
         heads = config.num_attention_heads * config.head_dim
-        for layer in self.model.layers:
+        for layer in self.layers:
             layer.mlp = XactMLP(config)
             layer.input_layernorm = self._norm(config.hidden_size)
             layer.post_attention_layernorm = self._norm(config.hidden_size)
@@ -146,8 +146,19 @@ class XactForCausalLM(Qwen3ForCausalLM):
                 setattr(layer.self_attn, name, self._norm(config.head_dim) if config.qk_norm else nn.Identity())
             if config.bias == "qkv":
                 layer.self_attn.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
-        self.model.norm = self._norm(config.hidden_size)
+        self.norm = self._norm(config.hidden_size)
 
     def _norm(self, size: int) -> nn.Module:
         kind = Qwen3RMSNorm if self.config.normalization == "RMSNorm" else nn.LayerNorm
         return kind(size, eps=self.config.rms_norm_eps)
+
+
+class XactForCausalLM(Qwen3ForCausalLM):
+    config_class = XactConfig
+
+    def __init__(self, config: XactConfig):
+        Qwen3PreTrainedModel.__init__(self, config)  # without Qwen3's own model
+        self.model = XactModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
