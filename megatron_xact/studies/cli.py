@@ -98,8 +98,7 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect(args: argparse.Namespace, outside: Outside | None) -> None:
-    from megatron_xact.studies.fit import describe
-    from megatron_xact.studies.table import Table
+    from megatron_xact.studies.table import Table, describe
 
     folders = [path for path in args.sources if path.is_dir()]
     if folders:
@@ -131,7 +130,8 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _random_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bootstraps", type=_positive, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--bootstraps", type=_positive, default=1000, metavar="N",
+                        help="of every interval (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstraps (default: 0)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads; results do not depend on it")
 
@@ -147,7 +147,16 @@ def _budget_argument(parser: argparse.ArgumentParser) -> None:
                         help="compute-optimal N and D for these (default: ten times the largest run)")  # fmt: skip
 
 
+INTERVALS = """\
+Intervals are of 95 %, from losses drawn about the law with the scatter that the runs show, between runs and between
+trunks (column trunk), and from runs drawn again; they hold the free form's too where equal exponents are only assumed.
+In simulated studies of 18 to 48 runs, or of 6 trunks, they held planted values in 92 % or more. What the runs do not
+determine is told so. "without SIZE" tells how well the other sizes predict it, and whether its runs lie in their 95 %
+prediction intervals."""
+
+
 def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, INTERVALS
     _table_arguments(parser)
     parser.add_argument("--activation", nargs="+", default=[], metavar="NAME", help="default: each of the table")
     parser.add_argument("--form", choices=["auto", "free", "tied"], default="auto",
@@ -160,20 +169,20 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _fit(args: argparse.Namespace, outside: Outside | None) -> None:
-    from megatron_xact.studies import fit as fitting
     from megatron_xact.studies import numbers, report, words
+    from megatron_xact.studies.fit import classical_check, fit
     from megatron_xact.studies.table import write_text
 
     table = _read(args, args.table)
     flops = _budgets(args, report.default_budget(table))
     results = {}
     for name in args.activation or table.activations:
-        found = fitting.fit(table.only(name), form=args.form, hold_out=args.hold_out, bootstraps=args.bootstraps,
-                            seed=args.seed, workers=args.workers)  # fmt: skip
+        found = fit(table.only(name), form=args.form, hold_out=args.hold_out, bootstraps=args.bootstraps,
+                    seed=args.seed, workers=args.workers)  # fmt: skip
         print(words.lines(name, words.of_fit(found, flops)))
         results[name] = numbers.of_fit(found, flops)
         if args.check:
-            least, share, count = fitting.classical_check(found)
+            least, share, count = classical_check(found)
             agrees = abs(least / found.objective - 1) < 1e-4 or found.objective < 1e-9
             print(f"  check: of {count} classical starts {share:.0%} reach the least objective, {least:.6g}: "
                   f"{'the same optimum' if agrees else 'NOT the optimum above'}")  # fmt: skip

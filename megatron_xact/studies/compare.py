@@ -10,8 +10,8 @@ compute depends on E and the exponents, so the law is refitted to resampled resi
 clusters, which keeps the design) and the interval is that of the mixture over these laws. At m = 1 the law cancels:
 the test of "no difference" is a t test.
 
-The law here has free exponents. The tied form extrapolates better (fit.py), but where alpha and beta differ it prices a
-nat wrongly: in simulations with 0.27 and 0.16 the 95 % interval of m = 1.05 then held it in 0 of 100 studies.
+The law here has free exponents. The tied form extrapolates better (forms.py), but where alpha and beta differ it prices
+a nat wrongly: in simulations with 0.27 and 0.16 the 95 % interval of m = 1.05 then held it in 0 of 100 studies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from functools import partial
 import numpy as np
 
 from megatron_xact.studies import effects, solver
+from megatron_xact.studies.diagnostics import SIGNIFICANT, outlying
 from megatron_xact.studies.effects import Estimate, Trend, t_interval
-from megatron_xact.studies.fit import SIGNIFICANT, outlying, require
+from megatron_xact.studies.forms import require
 from megatron_xact.studies.law import PARAMETERS, Array, Law, Problem
 from megatron_xact.studies.pairs import (
     Ids,

@@ -17,10 +17,9 @@ import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-from megatron_xact import __version__
+from megatron_xact import __version__, installed
 from megatron_xact.studies import gate_plot, numbers, slurm, words
 from megatron_xact.studies.gate import Gate, Layer, judge
 from megatron_xact.studies.outside import Asked, Outside
@@ -196,12 +195,5 @@ def _numbers(gate: Gate, verdict: str, asked: Asked) -> dict:
         "worst_error": [layer.number for layer in gate.worst("error")],
         "worst_growth": [layer.number for layer in gate.worst("growth")],
         "versions": {"megatron-xact": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine")},
+        | {name: installed.version(name) for name in ("torch", "megatron-core", "transformer-engine")},
     })  # fmt: skip
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

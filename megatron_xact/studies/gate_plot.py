@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib import ticker
 
+from megatron_xact.studies.figures import figure
 from megatron_xact.studies.gate import Gate
-from megatron_xact.studies.plots import figure
 
 COLOURS = {"bf16": "C0", "fp8": "C1"}
 NAMES = {"bf16": "BF16", "fp8": "FP8"}

@@ -102,13 +102,13 @@ class Problem:
         return terms
 
 
-def information(N: Array, D: Array, form: str) -> Array:
-    """[n, p]: columns of norm 1 that the runs must tell apart, or the law's terms cannot be.
+def information(n: Array, d: Array, form: str) -> Array:
+    """Columns of norm 1 [n, p] that the runs must tell apart, or the law's terms cannot be. n, d: ln N and ln D about
+    their means.
 
     To second order the law is a polynomial in ln N and ln D: with 1, n, d, n^2, d^2 in the free form, and with
     n^2 + d^2 in the tied one.
     """
-    n, d = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean()
     columns = np.stack([np.ones_like(n), n, d, *([n**2, d**2] if form == "free" else [n**2 + d**2])], axis=1)
     return columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-12)
 
@@ -117,7 +117,7 @@ def identifiable(N: Array, D: Array, form: str) -> bool:
     """Can these (N, D) determine the law? A singular value below 1 % counts as none: budgets that repeat one ratio D/N
     up to rounding do not separate N from D.
     """
-    columns = information(N, D, form)
+    columns = information(np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), form)
     return len(N) > columns.shape[1] and bool(np.linalg.svd(columns, compute_uv=False)[-1] > 0.01)
 
 

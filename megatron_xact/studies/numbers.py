@@ -9,12 +9,13 @@ import math
 
 import numpy as np
 
-from megatron_xact.studies import fit as fitting
-from megatron_xact.studies import isoflop
+from megatron_xact.studies import diagnostics, isoflop
 from megatron_xact.studies.compare import Comparison
 from megatron_xact.studies.effects import Estimate
-from megatron_xact.studies.fit import QUANTITIES, Fit
+from megatron_xact.studies.fit import QUANTITIES, Fit, quantity_of
+from megatron_xact.studies.forms import Trial
 from megatron_xact.studies.pairs import column_of, differences
+from megatron_xact.studies.uncertainty import Noise
 
 
 def rounded(value: object) -> object:
@@ -37,18 +38,19 @@ def rounded(value: object) -> object:
 def of_fit(fit: Fit, flops: list[float]) -> dict:
     """Everything a fit says; intervals are of 95 %."""
     found = isoflop.parabolas(fit.table)
-    noise = fitting.seed_noise(fit.table)
+    noise = diagnostics.seed_noise(fit.table)
     return rounded({
         "runs": len(fit.table),
         "form": fit.form,
         "why": fit.why,
         "parameters": {
-            q: {"value": float(fitting.quantity_of(fit.law, q)), "interval": fit.interval(q)} for q in QUANTITIES
+            q: {"value": float(quantity_of(fit.law, q)), "interval": fit.interval(q), "determined": fit.determined(q)}
+            for q in QUANTITIES
         },
-        "E_by_profile": fit.profile_interval_of_E(),
-        "bootstraps": len(fit.draws.alpha),
+        "bootstraps": len(fit.draws[0].run_sd),
+        "intervals_of_forms": [d.form for d in fit.draws],
+        "noise": _of_noise(fit.draws[-1].noise),
         "seed": fit.seed,
-        "redrawn": fit.redrawn,
         "objective": fit.objective,
         "gradient": float(f"{fit.gradient:.0e}"),
         "starts_at_optimum": fit.starts,
@@ -58,12 +60,14 @@ def of_fit(fit: Fit, flops: list[float]) -> dict:
         "residuals_by_size": _groups(fit, "size"),
         "residuals_by_tokens_per_parameter": _groups(fit, "tokens per parameter"),
         "seed_noise": noise and {"sd": noise[0], "degrees_of_freedom": noise[1]},
-        "misfit_p": fitting.lack_of_fit(fit.residuals, fit.table, fit.form),
-        "fails_at_tokens_per_parameter": [name for name, *_ in fitting.fails_at(fit)],
+        "misfit_p": diagnostics.lack_of_fit(fit.residuals, fit.table, fit.form),
+        "fails_at_tokens_per_parameter": [
+            name for name, *_ in diagnostics.fails_at(fit.residuals, fit.table, fit.form)
+        ],
         "outliers": int(fit.outliers.sum()),
         "without_outliers": fit.robust
-        and {q: float(fitting.quantity_of(fit.robust, q)) for q in QUANTITIES},
-        "optimal": [{"flops": c, **fitting.optimal(fit, c)} for c in flops],
+        and {q: float(quantity_of(fit.robust, q)) for q in QUANTITIES},
+        "optimal": [{"flops": c, **fit.optimal(c)} for c in flops],
         "isoflop": {
             "exponent": isoflop.exponent(found),
             "optima": [{"flops": p.flops, "params": p.optimum} for p in found],
@@ -71,14 +75,24 @@ def of_fit(fit: Fit, flops: list[float]) -> dict:
     })  # fmt: skip
 
 
-def _of_trial(trial: fitting.Trial) -> dict:
+def _of_noise(noise: Noise) -> dict:
+    """sd in nats."""
+    runs, trunks = noise.sd
+    found = {"sd_between_runs": runs, "degrees_of_freedom": noise.freedom}
+    if noise.trunks is not None:
+        found |= {"sd_between_trunks": trunks, "degrees_of_freedom_of_trunks": noise.trunk_freedom}
+    return found
+
+
+def _of_trial(trial: Trial) -> dict:
     return {"form": trial.form, "sizes": trial.held_out, "rms": trial.rms, "least": trial.errors.min(),
-            "greatest": trial.errors.max()}  # fmt: skip
+            "greatest": trial.errors.max(), "inside_prediction_intervals": trial.inside,
+            "prediction_intervals": trial.margins}  # fmt: skip
 
 
 def _groups(fit: Fit, key: str) -> list[dict]:
     names = ("group", "runs", "mean", "rms")
-    return [dict(zip(names, row, strict=True)) for row in fitting.residuals_by(fit, key)]
+    return [dict(zip(names, row, strict=True)) for row in diagnostics.residuals_by(fit.residuals, fit.table.runs, key)]
 
 
 def of_comparison(c: Comparison, tied: float) -> dict:
@@ -107,7 +121,7 @@ def of_comparison(c: Comparison, tied: float) -> dict:
         "params_ratio": c.params_ratio,
         "flops_ratio": c.flops_ratio,
         "form": c.form,
-        "law": {q: float(fitting.quantity_of(c.law, q)) for q in QUANTITIES},
+        "law": {q: float(quantity_of(c.law, q)) for q in QUANTITIES},
         "multiplier_under_tied_law": tied,
     })  # fmt: skip
 
@@ -123,7 +137,7 @@ def parameter_rows(fits: dict[str, Fit]) -> list[list]:
     rows = [["activation", "form", "quantity", "value", "low", "high"]]
     for activation, f in fits.items():
         for q in QUANTITIES:
-            rows.append([activation, f.form, q, *rounded([float(fitting.quantity_of(f.law, q)), *f.interval(q)])])
+            rows.append([activation, f.form, q, *rounded([float(quantity_of(f.law, q)), *f.interval(q)])])
     return rows
 
 
@@ -158,9 +172,10 @@ def pair_rows(comparisons: list[Comparison]) -> list[list]:
 
 
 def profile_rows(fits: dict[str, Fit]) -> list[list]:
-    rows = [["activation", "E", "least_objective"]]
+    rows = [["activation", "form", "E", "least_objective"]]
     for activation, f in fits.items():
-        rows += [[activation, *rounded([E, least])] for E, least in zip(*f.profile, strict=True)]
+        p = f.profile
+        rows += [[activation, p.form, *rounded([E, least])] for E, least in zip(p.E, p.least, strict=True)]
     return rows
 
 

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -135,6 +136,7 @@ def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
                 f"{path} has no column {name!r} ({column.metadata['about']}); it has {', '.join(header)}"
                 + (_near(name, header, name) or f". Say which one it is: --columns {name}=COLUMN")
             )
+    _tell_unread(path, header, sources)
     for column, _, _ in mapping.where:
         if column not in header:
             raise ValueError(f"{path} has no column {column!r} to choose rows by; it has {', '.join(header)}")
@@ -195,6 +197,25 @@ def _near(wanted: str, header: list[str], name: str) -> str:
     lower = {column.lower(): column for column in header}
     found = difflib.get_close_matches(wanted.lower(), lower, n=1)
     return f". If it is {lower[found[0]]!r}: --columns '{name}={lower[found[0]]}'" if found else ""
+
+
+def _tell_unread(path: Path, header: list[str], sources: dict[str, Source]) -> None:
+    """One line on stderr where columns nearly have the names of optional ones, which are not read then."""
+    read = {s.column for s in sources.values()}
+    unread = {_plain(column): column for column in header if column not in read}
+    near = {}
+    for name in COLUMNS:
+        if name not in sources and (found := difflib.get_close_matches(_plain(name), unread, n=1, cutoff=0.8)):
+            near[name] = unread[found[0]]
+    if near:
+        told = ", ".join(f"{column!r} (meant as {name}?)" for name, column in near.items())
+        way = " ".join(f"'{name}={column}'" for name, column in near.items())
+        print(f"xact: warning: {path} has columns that are not read: {told}. If so: --columns {way}", file=sys.stderr)
+
+
+def _plain(name: str) -> str:
+    """Without case, signs and a plural: Step_times is steptime."""
+    return re.sub(r"[^a-z0-9]|s$", "", name.lower())
 
 
 def _check_units(runs: list[Run], sources: dict[str, Source], name: str) -> None:

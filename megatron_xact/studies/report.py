@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_xact.studies import compare as comparing
-from megatron_xact.studies import curves, isoflop, numbers, plots, words
-from megatron_xact.studies import fit as fitting
+from megatron_xact.studies import comparison_plots, curves, isoflop, law_plots, numbers, run_plots, words
+from megatron_xact.studies.bars import bar
 from megatron_xact.studies.compare import Comparison
-from megatron_xact.studies.fit import Fit
+from megatron_xact.studies.fit import Fit, fit
 from megatron_xact.studies.law import MULTIPLIER
 from megatron_xact.studies.page import Section, page
-from megatron_xact.studies.table import Run, Table, csv_text, format_count, write_text
+from megatron_xact.studies.table import Run, Table, csv_text, describe, format_count, write_text
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def find(table: Table, baseline: str | None, flops: list[float], *, bootstraps: 
     if baseline is not None:
         table.only(baseline)
     fits, compared, refused = {}, [], {}
-    for name in fitting.progress(names, "fits"):
+    for name in bar(names, "fits"):
         try:
-            fits[name] = fitting.fit(table.only(name), bootstraps=bootstraps, seed=seed, workers=workers)
+            fits[name] = fit(table.only(name), bootstraps=bootstraps, seed=seed, workers=workers)
         except ValueError as error:
             refused[f"law of {name}"] = str(error)
-    for name in fitting.progress([n for n in names if n != baseline], "comparisons") if baseline else []:
+    for name in bar([n for n in names if n != baseline], "comparisons") if baseline else []:
         try:
             found = comparing.compare(table, baseline, name, draws=bootstraps, seed=seed, workers=workers)
             compared.append((found, comparing.tied_multiplier(table, baseline, name)))
@@ -68,7 +68,7 @@ def find(table: Table, baseline: str | None, flops: list[float], *, bootstraps: 
     return Findings(table, baseline, fits, compared, refused, flops)
 
 
-def write(found: Findings, out: Path, root: Path, shape: plots.Shape | None = None) -> None:
+def write(found: Findings, out: Path, root: Path, shape: run_plots.Shape | None = None) -> None:
     """The folder `out`, replacing a report that is there. root: where the table's run folders start from.
 
     shape: values of an activation; where None, learned shapes are not drawn.
@@ -121,41 +121,41 @@ def _write_numbers(found: Findings, folder: Path, root: Path, out: Path) -> list
     return listed
 
 
-def _draw(found: Findings, folder: Path, root: Path, shape: plots.Shape | None) -> dict[str, str]:
+def _draw(found: Findings, folder: Path, root: Path, shape: run_plots.Shape | None) -> dict[str, str]:
     """The pictures there are, by name -> path within the folder."""
     at = folder / "plots"
-    plots.losses(found.table, found.fits, at / "losses.png")
+    law_plots.losses(found.table, found.fits, at / "losses.png")
     for name, f in found.fits.items():
         if f.trials:
-            plots.held_out(f, at / f"held_out_{_file(name)}.png")
+            law_plots.held_out(f, at / f"held_out_{_file(name)}.png")
     if found.fits:
-        plots.residuals(found.fits, at / "residuals.png")
-        plots.profiles(found.fits, at / "profile_of_E.png")
+        law_plots.residuals(found.fits, at / "residuals.png")
+        law_plots.profiles(found.fits, at / "profile_of_E.png")
         if any(isoflop.parabolas(f.table) for f in found.fits.values()):
-            plots.isoflops(found.fits, at / "isoflop.png")
+            law_plots.isoflops(found.fits, at / "isoflop.png")
     if compared := [c for c, _ in found.comparisons]:
-        plots.multipliers(compared, at / "multipliers.png")
-        plots.pairs(compared, at / "pairs.png")
+        comparison_plots.multipliers(compared, at / "multipliers.png")
+        comparison_plots.pairs(compared, at / "pairs.png")
     _draw_run_folders(found.table, at, root, shape)
     return {path.stem: f"plots/{path.name}" for path in sorted(at.glob("*.png"))}
 
 
-def _draw_run_folders(table: Table, at: Path, root: Path, shape: plots.Shape | None) -> None:
+def _draw_run_folders(table: Table, at: Path, root: Path, shape: run_plots.Shape | None) -> None:
     recorded = [(r, c) for r in table.runs if (c := curves.read(r, root))]
     if any(len(c.tokens) for _, c in recorded):
-        plots.training_curves([(r, c) for r, c in recorded if len(c.tokens)], at / "training_curves.png")
+        run_plots.training_curves([(r, c) for r, c in recorded if len(c.tokens)], at / "training_curves.png")
     learned = [(r, values) for r in table.runs if (values := curves.final_alphas(r, root))]
     if not learned:
         return
-    plots.alphas_over_depth(learned, at / "alphas_over_depth.png")
+    run_plots.alphas_over_depth(learned, at / "alphas_over_depth.png")
     longest: dict[str, tuple[Run, dict]] = {}  # of each activation the largest model, trained longest
     for r, values in sorted(learned, key=lambda pair: (pair[0].params, pair[0].tokens, -pair[0].seed)):
         longest[r.activation] = (r, values)
     for r, _ in longest.values():
         if (c := curves.read(r, root)) and c.alphas:
-            plots.alphas_over_time(r, c, at / f"alphas_over_time_{_file(r.activation)}.png")
+            run_plots.alphas_over_time(r, c, at / f"alphas_over_time_{_file(r.activation)}.png")
     if shape is not None:
-        plots.shapes([longest[name] for name in sorted(longest)], shape, at / "shapes.png")
+        run_plots.shapes([longest[name] for name in sorted(longest)], shape, at / "shapes.png")
 
 
 def _file(name: str) -> str:
@@ -170,7 +170,7 @@ def _contents(found: Findings, pictures: dict[str, str]) -> tuple[str, str, list
     title = "Scaling study"
     if found.baseline and len(table.activations) > 1:
         title += f": {', '.join(n for n in table.activations if n != found.baseline)} against {found.baseline}"
-    lead = fitting.describe(table) + "."
+    lead = describe(table) + "."
     if counted := {r.params_count for r in table.runs} - {""}:
         lead += f" N counts parameters {', '.join(counted)}."
     elif table.runs:
@@ -199,10 +199,12 @@ def _comparisons(found: Findings, pictures: dict[str, str]) -> list[Section]:
 def _laws(found: Findings, pictures: dict[str, str]) -> list[Section]:
     shown = [
         ("losses", "Every run, with its activation's law."),
-        *((f"held_out_{_file(a)}", f"{a}: laws fitted without the largest sizes (hollow points), extended to them.")
+        *((f"held_out_{_file(a)}", f"{a}: laws fitted without the largest sizes (hollow points), extended to them. "
+                                    "Bars: 95 % prediction intervals of these runs.")
           for a in found.fits),
         ("residuals", "What the law leaves over. Trends here are misfit of the law, not noise."),
-        ("profile_of_E", "The objective's minimum for each irreducible loss E: where it is flat, E is not determined."),
+        ("profile_of_E", "The objective's minimum for each irreducible loss E: where it is flat, E is not determined. "
+                         "The limit is that of independent runs."),
         ("isoflop", "IsoFLOP parabolas through losses interpolated at equal compute; a diagnostic, biased by the width "
                     "of the grid. Stars: minima inside the sizes. Through three points the fit is exact, and "
                     "says nothing about whether a parabola is right."),
@@ -250,7 +252,11 @@ METHOD = Section(
         "Huber losses (delta 0.001), from starts by variable projection. Of the free and the tied form (alpha = beta) "
         "the one is shown that predicts the largest sizes better from the smaller ones; where none can be held out, "
         "the tied one, unless it misses the runs by more than their seeds differ and the free one does not. Intervals: "
-        "95 % of a case bootstrap; runs that branch from one trunk are drawn together.",
+        "95 % of a bootstrap that draws losses about the law with the scatter that the runs show, between runs and "
+        "between the trunks that they branched from, and of one that draws the runs again where no trunks are shared: "
+        "from the least to the greatest end, over both forms where the tied one was only assumed. In simulated studies "
+        "they held what was planted in 92 % or more (of 200 to 400 of each of 10 designs), up to 100 % where noise "
+        "shrinks with tokens. They know nothing of a law that is wrong: see the residuals.",
         "Multiplier: runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
         "(Student's t; trunks, where runs branch from one, count as one) with the uncertainty of what a nat is worth "
         "(a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "

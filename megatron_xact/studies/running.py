@@ -156,7 +156,7 @@ class _Runs:
         task.slot = min(set(range(self.jobs)) - {t.slot for t in self.tasks if t.state == "running"})
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[task.slot])} if self.gpus else {}
         task.run.log.parent.mkdir(exist_ok=True)
-        with open(task.run.log, "a") as log:
+        with open(task.run.log, "a", encoding="utf-8") as log:
             task.process = subprocess.Popen(
                 [*self.pretrain, *task.run.words, *self.own],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment | mine,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_xact.studies.bars import bar
 from megatron_xact.studies.law import Array, Law, Problem, derivatives, objective
 
 EXPONENTS = (1e-3, 10.0)  # bounds of the exponents
@@ -39,9 +40,12 @@ class Optima:
 
 def minimise(
     start: Array, problem: Problem, y: Array | None = None, weights: Array | None = None, *, hold_E: bool = False,
-    steps: int = 300, workers: int | None = None,
+    steps: int = 300, workers: int | None = None, shown: str = "",
 ) -> Optima:  # fmt: skip
-    """From B starts [B, p]; y [B, n] replaces the problem's targets, weights [B, n] its runs; hold_E keeps e fixed."""
+    """From B starts [B, p]; y [B, n] replaces the problem's targets, weights [B, n] its runs; hold_E keeps e fixed.
+
+    shown: what a progress bar says; empty: none.
+    """
     if y is None:
         y = problem.y
     y = np.broadcast_to(y, (len(start), len(problem.y)))
@@ -55,7 +59,8 @@ def minimise(
     if len(chunks) == 1:
         return solve(chunks[0])
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
-        found = list(pool.map(solve, chunks))
+        parts = pool.map(solve, chunks)
+        found = list(bar(parts, shown, len(chunks)) if shown else parts)
     fields = ("phi", "objective", "gradient", "decrement")
     return Optima(*(np.concatenate([getattr(f, name) for f in found]) for name in fields))
 
@@ -103,7 +108,8 @@ def _newton(g: Array, H: Array, damping: Array) -> tuple[Array, Array]:
     along = np.einsum("bpk,bp->bk", vectors, g)
     step = -np.einsum("bpk,bk->bp", vectors, along / (eigenvalues + damping[:, None]))
     step /= np.maximum(1.0, np.abs(step).max(1) / 2.0)[:, None]
-    return step, (along**2 / eigenvalues).sum(1)
+    with np.errstate(over="ignore"):  # where a step was nonsense, which is not taken
+        return step, (along**2 / eigenvalues).sum(1)
 
 
 def _step_in_slopes(phi: Array, g: Array, H: Array, damping: Array) -> Array:

@@ -97,7 +97,7 @@ def _tail(file: Path) -> list[str]:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """ValueError: another command starts or submits runs of this folder."""
-    with open(folder / ".running", "w") as lock:
+    with open(folder / ".running", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

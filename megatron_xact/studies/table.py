@@ -136,6 +136,18 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
+def describe(table: Table) -> str:
+    """'30 runs, 5 sizes 190M..3.17B, tokens 1.9B..634B (10..200 per parameter)'."""
+    D = table.array("tokens")
+    sizes = table.sizes
+    N = table.array("params")
+    params, tokens = (f"{format_count(v.min())}..{format_count(v.max())}" for v in (N, D))
+    return (
+        f"{plural(len(table), 'run')}, {plural(len(sizes), 'size')} {params}, tokens {tokens} "
+        f"({(D / N).min():.3g}..{(D / N).max():.3g} per parameter)"
+    )
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 

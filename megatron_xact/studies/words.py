@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 
-from megatron_xact.studies import fit as fitting
+from megatron_xact.studies import diagnostics
 from megatron_xact.studies.compare import Comparison
 from megatron_xact.studies.effects import SIZE, TOKENS, Estimate
-from megatron_xact.studies.fit import QUANTITIES, Fit
+from megatron_xact.studies.fit import QUANTITIES, UNDETERMINED, Fit, quantity_of
+from megatron_xact.studies.forms import Trial
 from megatron_xact.studies.pairs import column_of
-from megatron_xact.studies.table import format_count, plural
+from megatron_xact.studies.table import describe, format_count, plural
 
 NO_SCATTER = "no group has two independent clusters, so nothing tells effect from noise within one"
-UNDETERMINED = 1000  # high / low of an interval: what is not worth a number
 
 
 def lines(title: str, told: list[tuple[str, str]]) -> str:
@@ -25,28 +25,23 @@ def lines(title: str, told: list[tuple[str, str]]) -> str:
 
 def law_of(fit: Fit) -> str:
     """L = 1.69 + 406 N^-0.34 + 411 D^-0.28"""
-    E, A, B, alpha, beta = (_short(fitting.quantity_of(fit.law, q)) for q in ("E", "A", "B", "alpha", "beta"))
+    E, A, B, alpha, beta = (_short(quantity_of(fit.law, q)) for q in ("E", "A", "B", "alpha", "beta"))
     return f"L = {E} + {A} N^-{alpha} + {B} D^-{beta}"
 
 
 def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
     """(subject, sentence) pairs."""
-    told = [("runs", fitting.describe(fit.table)), ("law", law_of(fit)), ("form", f"{fit.form}: {fit.why}")]
+    told = [("runs", describe(fit.table)), ("law", law_of(fit)), ("form", f"{fit.form}: {fit.why}")]
     told += [(q, quantity(fit, q)) for q in QUANTITIES]
-    low, high = (f"{end:.4g}" if math.isfinite(end) else "unbounded" for end in fit.profile_interval_of_E())
-    told.append(("E by profile", f"{low} .. {high} (95 % by an F test on the profiled objective)"))
-    given = ", given the tied form: were the exponents unequal, they would be wider and elsewhere"
-    redrawn = f"; {fit.redrawn} resamples that could not determine a law were drawn again" if fit.redrawn else ""
-    told.append(("intervals", f"95 % of {len(fit.draws.alpha)} bootstraps over runs, seed {fit.seed}"
-                              f"{given if fit.form == 'tied' else ''}{redrawn}"))  # fmt: skip
+    told.append(("intervals", intervals(fit)))
     told.append(("optimum", f"objective {fit.objective:.6g}, reached from {fit.starts[0]} of {fit.starts[1]} starts, "
                             f"largest gradient {fit.gradient:.0e}"))  # fmt: skip
     told += [(f"without {' and '.join(t.held_out)}", trial(t)) for t in (*fit.trials, *_only_new(fit))]
     for key in ("size", "tokens per parameter"):
-        groups = ", ".join(f"{name} {mean:+.2%}" for name, _, mean, _ in fitting.residuals_by(fit, key))
-        told.append((f"residuals by {key}", groups))
+        groups = diagnostics.residuals_by(fit.residuals, fit.table.runs, key)
+        told.append((f"residuals by {key}", ", ".join(f"{name} {mean:+.2%}" for name, _, mean, _ in groups)))
     told.append(("misfit", misfit(fit)))
-    if failing := fitting.fails_at(fit):
+    if failing := diagnostics.fails_at(fit.residuals, fit.table, fit.form):
         off = ", ".join(f"{mean:+.1%} at {name} (mean of {plural(runs, 'run')})" for name, runs, mean in failing)
         told.append(("the law fails", f"by tokens per parameter it is off by more than noise explains: {off}"))
     told.append(("outliers", outliers(fit)))
@@ -54,37 +49,68 @@ def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
     return told
 
 
-def _only_new(fit: Fit) -> list[fitting.Trial]:
+def _only_new(fit: Fit) -> list[Trial]:
     known = {t.held_out for t in fit.trials}
     return [t for t in fit.largest if t.held_out not in known]
 
 
 def quantity(fit: Fit, q: str) -> str:
-    if fit.form == "tied" and q == "a_opt":
+    if len(fit.draws) == 1 and fit.form == "tied" and q == "a_opt":
         return "0.5 by the tied form, not by measurement"
-    if fit.form == "tied" and q == "beta":
+    if len(fit.draws) == 1 and fit.form == "tied" and q == "beta":
         return "= alpha"
-    return interval(Estimate(float(fitting.quantity_of(fit.law, q)), *fit.interval(q)))
+    value, (low, high) = float(quantity_of(fit.law, q)), fit.interval(q)
+    below, above = fit.determined(q)
+    if below and above:
+        return interval(Estimate(value, low, high))
+    fitted = f"(the fit has {_short(value)})"
+    if below:
+        return f"at least {_short(low)}, not determined from above {fitted}"
+    return f"at most {_short(high)}, not determined from below {fitted}" if above else f"not determined {fitted}"
 
 
-def trial(t: fitting.Trial) -> str:
+def intervals(fit: Fit) -> str:
+    """Where they come from."""
+    noise = fit.draws[-1].noise
+    if noise.why_unknown:
+        return f"none: {noise.why_unknown}"
+    runs, trunks = noise.sd
+    told = (f"95 % of {len(fit.draws[0].run_sd)} bootstraps, seed {fit.seed}, with the scatter about the law (sd "
+            f"{runs:.2g} nat, {plural(noise.freedom, 'degree')} of freedom")  # fmt: skip
+    if noise.trunks is None:
+        told += "), and as many over runs: the wider ends"
+    else:
+        told += f"; between trunks {trunks:.2g} nat, {noise.trunk_freedom})"
+    if len(fit.draws) > 1:
+        return f"{told}; each holds those of both forms, as equal exponents are assumed, not measured"
+    if fit.form == "tied":
+        return f"{told}, given the tied form: were the exponents unequal, they would be wider and elsewhere"
+    return told
+
+
+def trial(t: Trial) -> str:
     if len(t.errors) == 1:
-        return f"the {t.form} law predicts {t.errors[0]:+.2%} off"
-    return f"the {t.form} law predicts {t.errors.min():+.2%}..{t.errors.max():+.2%} off (rms {t.rms:.2%})"
+        told = f"the {t.form} law predicts {t.errors[0]:+.2%} off"
+    else:
+        told = f"the {t.form} law predicts {t.errors.min():+.2%}..{t.errors.max():+.2%} off (rms {t.rms:.2%})"
+    if t.inside is None:
+        return f"{told}; no prediction intervals: noise between trunks is not known without them"
+    half = float(np.diff(t.margins, axis=1).mean() / 2)
+    return f"{told}; {t.inside} of {len(t.errors)} inside 95 % prediction intervals (+-{half:.2%})"
 
 
 def misfit(fit: Fit) -> str:
     rms = float(np.sqrt((fit.residuals**2).mean()))
-    noise = fitting.seed_noise(fit.table)
+    noise = diagnostics.seed_noise(fit.table)
     if noise is None:
         return f"residuals of {rms:.2%} rms; no cell has two seeds, so noise and misfit cannot be told apart"
     relative = noise[0] / fit.table.array("loss").mean()
     times = f", {rms / relative:.0f} times that" if relative > 0 and rms > 1.5 * relative else ""
     told = f"residuals of {rms:.2%} rms; seeds differ by {noise[0]:.2g} nat sd ({relative:.2%}){times}"
-    p = fitting.lack_of_fit(fit.residuals, fit.table, fit.form)
+    p = diagnostics.lack_of_fit(fit.residuals, fit.table, fit.form)
     if p is None:
         return told
-    return f"{told}; {'beyond' if p < fitting.SIGNIFICANT else 'explained by'} that noise (F test, p = {p:.2g})"
+    return f"{told}; {'beyond' if p < diagnostics.SIGNIFICANT else 'explained by'} that noise (F test, p = {p:.2g})"
 
 
 def outliers(fit: Fit) -> str:
@@ -99,8 +125,10 @@ def outliers(fit: Fit) -> str:
 
 
 def optimum(fit: Fit, flops: float) -> str:
-    found = fitting.optimal(fit, flops)
+    found = fit.optimal(flops)
     (N, *N_range), (D, *D_range), (L, *L_range) = (found[name] for name in ("params", "tokens", "loss"))
+    if math.isnan(N_range[0]):
+        return f"N = {format_count(N)}, D = {format_count(D)}, loss {L:.4g}; no intervals"
     if N_range[1] > UNDETERMINED * N_range[0]:
         return (
             f"not determined: the 95 % interval of N spans more than a factor of {UNDETERMINED:,}. These runs do not "
@@ -108,7 +136,8 @@ def optimum(fit: Fit, flops: float) -> str:
         )
     measured = 6 * fit.table.array("params") * fit.table.array("tokens")
     beyond = "" if flops <= measured.max() else f" ({flops / measured.max():.3g} x the largest run: extrapolated)"
-    assumed = "; this split assumes equal exponents, it is not measured" if fit.form == "tied" else ""
+    given = fit.form == "tied" and len(fit.draws) == 1
+    assumed = "; this split assumes equal exponents, it is not measured" if given else ""
     return (
         f"N = {format_count(N)} [{format_count(N_range[0])}, {format_count(N_range[1])}], "
         f"D = {format_count(D)} [{format_count(D_range[0])}, {format_count(D_range[1])}], "

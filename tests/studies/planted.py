@@ -12,6 +12,7 @@ from megatron_xact.studies.table import Run, Table
 DATA = Path(__file__).parent / "data"
 # E, A, alpha, B, beta: Hoffmann et al. (arXiv:2203.15556), and one like the free fit of the OLMo ladder.
 CHINCHILLA = (1.69, 406.4, 0.34, 410.7, 0.28)
+EQUAL = (1.7, 400.0, 0.3, 900.0, 0.3)
 UNEQUAL = (1.857, 300.0, 0.267, 60.0, 0.157)
 
 
@@ -42,11 +43,13 @@ SMALL = Design((3e7, 1e8, 3e8), (10, 20, 40), 2)
 LARGE = Design(tuple(np.geomspace(3e7, 1e9, 5)), (5, 10, 20, 40), 3)
 
 
-def ladder(law: Sequence[float], design: Design, noise: float, rng: np.random.Generator) -> Table:
-    """One activation."""
+def ladder(law: Sequence[float], design: Design, noise: float, rng: np.random.Generator, trunk: float = 0.0) -> Table:
+    """One activation. noise: sd per run; trunk: of what all budgets of a size and seed share, which the table tells."""
     cells = [(N, N * r, s) for N in design.sizes for r in design.ratios for s in range(design.seeds)]
+    shared = {(N, s): rng.normal(0, trunk) for N in design.sizes for s in range(design.seeds)} if trunk else {}
     return Table([
-        Run(params=N, tokens=D, seed=s, loss=float(loss(law, N, D) + rng.normal(0, noise))) for N, D, s in cells
+        Run(params=N, tokens=D, seed=s, loss=float(loss(law, N, D) + shared.get((N, s), 0) + rng.normal(0, noise)),
+            trunk=f"{N:.3g} {s}" if trunk else "") for N, D, s in cells
     ])  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from planted import CHINCHILLA, Design, gadre, ladder, olmo
 from scipy.optimize import minimize
 
 from megatron_xact.studies import law, solver
-from megatron_xact.studies.fit import predict_largest, relative_errors, solve
+from megatron_xact.studies.forms import predict_largest, relative_errors, solve
 from megatron_xact.studies.law import FORMS, Problem
 
 

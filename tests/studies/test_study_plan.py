@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from small_plans import SIZES, model_of, plan, recipe
 
 from megatron_xact import cli
 from megatron_xact.studies import expectation, planning
-from megatron_xact.studies.ladder import build, cells, fit_budgets
+from megatron_xact.studies.ladder import build, cells, fit_budgets, params
 from megatron_xact.studies.recipe import Size, read
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ def test_gated_and_ungated_have_the_same_parameters():
     for activation, mlp, alphas in (("swiglu", 3 * 32 * 64, 0), ("xielu", 2 * 32 * 96, 2)):
         N = 512 * 32 + 2 * (4 * 32**2 + mlp + 2 * 32 + alphas) + 32
         assert by_name[f"a-{activation}-s1"].params == N
+        assert params(replace(by_name[f"a-{activation}-s1"].shape, tied=False)) == N  # an untied input does not count
 
 
 def test_ffn_that_cannot_be_matched_is_refused_with_the_way_out():

@@ -14,7 +14,7 @@ from planted import CHINCHILLA, Design, study
 
 from megatron_xact import cli
 from megatron_xact.studies import compare as comparing
-from megatron_xact.studies import plots
+from megatron_xact.studies import comparison_plots, figures, law_plots
 from megatron_xact.studies.effects import Estimate
 from megatron_xact.studies.fit import fit
 from megatron_xact.studies.reading import read
@@ -127,7 +127,7 @@ def test_the_multiplier_is_defined_where_it_is_met(made, capsys):
 @pytest.fixture
 def drawn(monkeypatch) -> list:
     """The axes of everything that is drawn."""
-    kept, figure = [], plots.figure
+    kept, figure = [], figures.figure
 
     @contextmanager
     def keeping(*args, **words):
@@ -135,7 +135,7 @@ def drawn(monkeypatch) -> list:
             kept.extend(axes.flat)
             yield axes
 
-    monkeypatch.setattr(plots, "figure", keeping)
+    monkeypatch.setattr(figures, "figure", keeping)
     return kept
 
 
@@ -143,14 +143,14 @@ def drawn(monkeypatch) -> list:
 def test_nothing_lies_on_anything_else(drawn, sizes, tmp_path):
     """Labels of a logarithmic axis on each other, the legend on points or the line."""
     table = study(CHINCHILLA, Design(sizes, (5, 10, 40), 1), 1.08, 0.001, np.random.default_rng(0))
-    plots.losses(table, {}, tmp_path / "losses.png")
+    law_plots.losses(table, {}, tmp_path / "losses.png")
     for ax in drawn:
         FigureCanvasAgg(ax.figure).draw()
         low, high = ax.get_xlim()
         labels = [t.label1.get_window_extent() for t in ax.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
         assert len(labels) >= 3
         assert all(a.x1 < b.x0 for a, b in zip(labels, labels[1:], strict=False))
-    plots.pairs([comparing.compare(table, "a", "b", draws=9)], tmp_path / "pairs.png")
+    comparison_plots.pairs([comparing.compare(table, "a", "b", draws=9)], tmp_path / "pairs.png")
     FigureCanvasAgg(drawn[-1].figure).draw()
     assert drawn[-1].get_legend().get_window_extent().x0 > drawn[-1].get_window_extent().x1
 
@@ -158,7 +158,7 @@ def test_nothing_lies_on_anything_else(drawn, sizes, tmp_path):
 def test_one_huge_interval_hides_none_of_the_others(drawn, tmp_path):
     found = comparing.compare(study(CHINCHILLA, FOUR, 1.08, 0.001, np.random.default_rng(0)), "a", "b", draws=9)
     huge = replace(found, other="c", multiplier=Estimate(1.1, 1e-4, 1e5), by_size={"1B": Estimate(1.2, np.nan, np.nan)})
-    plots.multipliers([found, huge], tmp_path / "multipliers.png")
+    comparison_plots.multipliers([found, huge], tmp_path / "multipliers.png")
     (ax,) = drawn
     low, high = ax.get_xlim()
     assert ax.get_xscale() == "log" and 0.9 < low < found.multiplier.low < found.multiplier.high < high < 1.5
@@ -171,10 +171,10 @@ def test_one_huge_interval_hides_none_of_the_others(drawn, tmp_path):
 def test_colours_have_a_legend_and_exact_parabolas_say_so(drawn, tmp_path):
     table = study(CHINCHILLA, Design((3e7, 6e7, 1.2e8), (5, 20, 120), 2), 1.0, 0.001, np.random.default_rng(0))
     fits = {"a": fit(table.only("a"), bootstraps=9)}
-    plots.residuals(fits, tmp_path / "residuals.png")
+    law_plots.residuals(fits, tmp_path / "residuals.png")
     texts = [t.get_text() for ax in drawn if ax.get_legend() for t in ax.get_legend().get_texts()]
     assert texts == ["3e+07", "6e+07", "1.2e+08", "2 sd between seeds"]
-    plots.isoflops(fits, tmp_path / "isoflop.png")
+    law_plots.isoflops(fits, tmp_path / "isoflop.png")
     texts = [t.get_text() for t in drawn[-1].get_legend().get_texts()]
     assert texts and all(t.endswith(", exact") for t in texts)
 

@@ -184,6 +184,18 @@ def test_missing_columns_name_those_that_are_there(tmp_path, capsys):
     assert "has no column 'params'" in error and "it has N, val_loss" in error and "--columns params=COLUMN" in error
 
 
+def test_optional_columns_with_nearly_their_name_are_told(tmp_path, capsys):
+    path = written(tmp_path / "runs.csv", rows(), HEADER.replace("seed", "Seeds").replace("schedule", "trunk_id"))
+    with pytest.raises(ValueError, match="is there 2 times"):  # without its seed
+        read(path)
+    told = capsys.readouterr().err
+    assert told == (f"xact: warning: {path} has columns that are not read: 'Seeds' (meant as seed?), 'trunk_id' (meant "
+                    "as trunk?). If so: --columns 'seed=Seeds' 'trunk=trunk_id'\n")  # fmt: skip
+    assert len(read(path, Mapping.of(columns=["seed=Seeds", "trunk=trunk_id"]))) == 36
+    olmo(), gadre("rpj")
+    assert capsys.readouterr().err == ""
+
+
 def test_files_that_are_no_tables(tmp_path, capsys):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
     (tmp_path / "empty.csv").touch()

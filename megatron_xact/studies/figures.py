@@ -1,0 +1,68 @@
+"""What all pictures of a report share: style, one colour per activation, one shade per size, axes of counts.
+
+Nothing in a file depends on when or where it was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from megatron_xact.studies.law import Array
+from megatron_xact.studies.table import format_count
+
+STYLE = {
+    "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "axes.titlesize": 10.5,
+}  # fmt: skip
+
+
+@contextmanager
+def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 4.1)):
+    """Axes [rows, columns]; saved to `path` at the end."""
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")  # no pyplot, no backend
+        yield fig.subplots(rows, columns, squeeze=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def shades(names: Sequence[str]) -> dict[str, tuple]:
+    colours = matplotlib.colormaps["viridis"]
+    return {name: colours(0.9 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    return {name: f"C{i % 10}" for i, name in enumerate(names)}
+
+
+def plain_ticks(ax, x: Array) -> None:
+    """A logarithmic axis over few distinct values: a tick for each, or one for several that nearly agree."""
+    values: list[float] = []
+    for value in sorted({float(f"{v:.2g}") for v in x}):
+        if not values or value > 1.05 * values[-1]:
+            values.append(value)
+    ax.set_xscale("log")
+    if len(values) <= 10:
+        ax.set_xticks(values, [format_count(v) for v in values])
+        ax.set_xticks([], minor=True)
+
+
+def _count(value: float, _: int) -> str:
+    return format_count(value) if value < 1e15 else f"{value:.0e}".replace("e+", "e")
+
+
+def counts(ax) -> None:
+    """A logarithmic axis of tokens or FLOPs, once all is drawn: 500k, 1M, 2M, however narrow; if wide, 1M, 10M."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    # LogLocator heeds numticks only where it has a single tick per decade.
+    subs = (1, 2, 5) if high < 10**2.5 * low else (1,)
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(_count))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())

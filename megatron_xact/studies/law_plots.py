@@ -1,0 +1,123 @@
+"""Pictures of laws: the runs and their law, hold-out, residuals, how well E is determined, IsoFLOP parabolas.
+
+Every function draws one file; the caller decides what there is to draw.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_xact.studies import figures, isoflop
+from megatron_xact.studies.diagnostics import seed_noise
+from megatron_xact.studies.fit import Fit
+from megatron_xact.studies.table import Table
+
+
+def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
+    """Loss against tokens and against compute: a row per activation, with its law."""
+    shade = figures.shades(table.sizes)
+    low, high = table.array("loss").min(), table.array("loss").max()
+    with figures.figure(path, len(table.activations), 2) as axes:
+        for (left, right), activation in zip(axes, table.activations, strict=True):
+            runs = table.only(activation)
+            for size in table.sizes:
+                those = runs.where(lambda r, s=size: r.size == s)
+                if not those.runs:
+                    continue
+                N, D = those.array("params"), those.array("tokens")
+                for ax, x, scale in ((left, D, 1.0), (right, 6 * N * D, 6 * N[0])):
+                    ax.plot(x, those.array("loss"), "o", ms=4.5, color=shade[size], label=size)
+                    if activation in fits:
+                        line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
+                        law = fits[activation].law.loss(np.full(60, N[0]), line)
+                        ax.plot(line * scale, law, color=shade[size], lw=1)
+            for ax, what in ((left, "training tokens"), (right, "training FLOPs (6 N D)")):
+                ax.set(xlabel=what, ylabel="loss (nats per token)", title=activation)
+                figures.counts(ax)
+                ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+            left.legend(title="parameters", fontsize=8, title_fontsize=8, ncols=1 + len(table.sizes) // 6)
+
+
+def held_out(fit: Fit, path: Path) -> None:
+    """Both forms fitted without the largest sizes, extended to them; those runs are hollow, bars their prediction
+    intervals. Errors: the title.
+    """
+    table, shade = fit.table, figures.shades(fit.table.sizes)
+    with figures.figure(path, 1, len(fit.trials)) as axes:
+        for ax, trial in zip(axes[0], fit.trials, strict=True):
+            for size in table.sizes:
+                those = table.where(lambda r, s=size: r.size == s)
+                N, D = those.array("params"), those.array("tokens")
+                out = size in trial.held_out
+                ax.plot(D, those.array("loss"), "o", ms=5, color=shade[size], mfc="white" if out else shade[size],
+                        label=size + (", held out" if out else ""))  # fmt: skip
+                line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
+                ax.plot(line, trial.law.loss(np.full(60, N[0]), line), "--" if out else "-", color=shade[size], lw=1.1)
+            held = table.where(lambda r, t=trial: r.size in t.held_out)
+            if trial.inside is not None:
+                D, ends = held.array("tokens"), (trial.margins + 1) * held.array("loss")[:, None]
+                ax.vlines(D, *ends.T, color=[shade[r.size] for r in held.runs], lw=3, alpha=0.3, zorder=0)
+            least, greatest = trial.errors.min(), trial.errors.max()
+            ax.set(xlabel="training tokens", ylabel="loss (nats per token)",
+                   title=f"{fit.activation}, {trial.form} form: {least:+.2%} .. {greatest:+.2%} off")  # fmt: skip
+            figures.counts(ax)
+            ax.legend(fontsize=8)
+
+
+def residuals(fits: dict[str, Fit], path: Path) -> None:
+    """Predicted / measured - 1 against params and against tokens per parameter; the band is the noise of seeds."""
+    with figures.figure(path, len(fits), 2, size=(5.6, 3.2)) as axes:
+        for row, (activation, f) in zip(axes, fits.items(), strict=True):
+            N, D = f.table.array("params"), f.table.array("tokens")
+            shade = figures.shades(f.table.sizes)
+            noise = seed_noise(f.table)
+            for ax, x, what in ((row[0], N, "parameters"), (row[1], D / N, "tokens per parameter")):
+                for size in f.table.sizes:
+                    those = [r.size == size for r in f.table.runs]
+                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size], label=size)
+                ax.axhline(0, color="0.4", lw=0.8)
+                if noise:
+                    band = 200 * noise[0] / f.table.array("loss").mean()
+                    ax.axhspan(-band, band, color="0.85", zorder=0, label="2 sd between seeds")
+                ax.set(xscale="log", xlabel=what, ylabel="law - measured (%)", title=f"{activation}, {f.form} form")
+            figures.plain_ticks(row[0], N)
+            figures.plain_ticks(row[1], D / N)
+            row[1].legend(title="parameters", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def profiles(fits: dict[str, Fit], path: Path) -> None:
+    colour = figures.colours(list(fits))
+    with figures.figure(path) as axes:
+        ax = axes[0, 0]
+        for activation, f in fits.items():
+            p, (low, high) = f.profile, f.interval("E")
+            if np.isnan(low):
+                continue
+            ax.plot(p.E, (p.least - p.objective) / p.limit, color=colour[activation], label=f"{activation}, {p.form}")
+            ax.axvspan(low, high, color=colour[activation], alpha=0.1, lw=0)
+        ax.axhline(1, color="0.4", lw=0.8, ls="--")
+        ax.set(ylim=(0, 4), xlabel="E, held at (nats)", ylabel="rise of the objective (1: 95 % by an F test)",
+               title="How well is E determined? Shaded: its 95 % interval")  # fmt: skip
+        if ax.lines[1:]:
+            ax.legend(title="form of the law", fontsize=8, title_fontsize=8)
+
+
+def isoflops(fits: dict[str, Fit], path: Path) -> None:
+    found = {a: p for a, f in fits.items() if (p := isoflop.parabolas(f.table))}
+    with figures.figure(path, 1, len(found)) as axes:
+        for ax, (activation, parabolas) in zip(axes[0], found.items(), strict=True):
+            shade = figures.shades([f"{p.flops:.2g}" for p in parabolas])
+            for p, colour in zip(parabolas, shade.values(), strict=True):
+                line = np.geomspace(p.params.min() / 1.2, p.params.max() * 1.2, 80)
+                ax.plot(p.params, p.losses, "o", ms=4.5, color=colour)
+                ax.plot(line, np.polyval(p.coefficients, np.log(line)), lw=1, color=colour,
+                        label=f"{p.flops:.2g}" + (", exact" if len(p.params) == 3 else ""))  # fmt: skip
+                if p.optimum:
+                    ax.plot(p.optimum, np.polyval(p.coefficients, np.log(p.optimum)), "*", ms=10, color=colour)
+            ax.set(xlabel="parameters", ylabel="loss, interpolated (nats)", title=activation)
+            figures.plain_ticks(ax, np.concatenate([p.params for p in parabolas]))
+            exact = any(len(p.params) == 3 for p in parabolas)
+            ax.legend(title="FLOPs (exact: through three points,\nany three lie on a parabola)" if exact else "FLOPs",
+                      fontsize=8, title_fontsize=8)  # fmt: skip
