@@ -99,7 +99,7 @@ def run_xact(args: argparse.Namespace) -> dict:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"xact pretrain failed: {process.stderr.read().decode()[-2000:]}")
-        steps = [json.loads(line) for line in open(Path(folder) / "progress.jsonl")]
+        steps = [json.loads(line) for line in open(Path(folder) / "progress.jsonl", encoding="utf-8")]
     speeds = [step["tokens_per_second"] for step in steps[args.warmup :]]
     return {"tokens_per_second": speeds, "peak_memory_mb": round(usage.ru_maxrss / 1024, 1)}
 
@@ -166,7 +166,8 @@ def versions() -> dict:
     from importlib.metadata import version
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return {
         "commit": commit.stdout.strip(),
         "cpu": cpu,

@@ -65,7 +65,7 @@ def _run(context: Context, config: str, mlp: str) -> dict:
     """Medians after the warm-up, and every step's."""
     with tempfile.TemporaryDirectory() as folder:
         path, board = Path(folder, "config.toml"), Path(folder, "tensorboard")
-        path.write_text(config_of(context, config, mlp))
+        path.write_text(config_of(context, config, mlp), encoding="utf-8")
         xact("pretrain", path, "--nproc-per-node", 1, "--tensorboard-dir", board, limit=LIMIT)
         found = scalars(board)
     after = {tag: [value for step, value in steps.items() if step > WARMUP] for tag, steps in found.items()}

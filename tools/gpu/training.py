@@ -49,7 +49,7 @@ def fp8_gate(context: Context, data: Entries) -> str:
             # exit code 1: FP8 does not pass, which is a result
             xact("study", "fp8-gate", "configs/quickstart.toml", "--out", Path(folder, name), "--retries", 0, *words,
                  accepted=(0, 1), limit=360.0)  # fmt: skip
-            data[name] = json.loads(Path(folder, name, "gate.json").read_text())
+            data[name] = json.loads(Path(folder, name, "gate.json").read_text(encoding="utf-8"))
             data.save()
     return "; ".join(f"{name}: {found['verdict']}" for name, found in data.items())
 
