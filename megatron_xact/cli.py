@@ -254,11 +254,15 @@ def _silence_libraries() -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; Megatron's flags go to `overrides` where it takes any. SystemExit(2): usage."""
+    """The command line, what follows the command as `words` too; Megatron's flags go to `overrides` where it takes any.
+
+    SystemExit(2): usage.
+    """
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = _parser(chosen)
     args, rest = parser.parse_known_args(argv)
     command = COMMANDS[args.command]
+    args.words = argv[argv.index(args.command) + 1 :]
     if command.overrides:
         args.overrides = rest
     elif rest:

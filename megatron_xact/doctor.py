@@ -8,7 +8,6 @@ its own, because a broken one looks whole from outside.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,7 +20,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_xact import installed
+
 OK, WARNING, ABSENT, BLOCKING = "ok", "warning", "absent", "blocking"
+# The dependencies of pyproject.toml and their oldest versions. pip sees to them, but not in a container where this runs
+# from a clone by PYTHONPATH.
+OLDEST = {"megatron-core": (0, 19), "torch": (2, 6), "numpy": (), "psutil": (), "tensorboard": (), "tokenizers": (),
+          "transformers": (4, 56), "safetensors": (), "matplotlib": (), "scipy": (), "tqdm": ()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,33 +69,20 @@ def report() -> dict:
     }
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _present(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a submodule whose parent is not there
-        return False
-
-
-def _extra(name: str, options: str = "") -> str:
-    return f'pip install {options}-e ".[{name}]" in the repository'
-
-
 def _at_least(version: str, *wanted: int) -> bool:
     return tuple(map(int, re.findall(r"\d+", version)[: len(wanted)])) >= wanted
 
 
+def _upgrade(name: str) -> str:
+    oldest = ".".join(map(str, OLDEST[name]))
+    return f'pip install --upgrade "{name}>={oldest}"' if oldest else f"pip install {name}"
+
+
 def _system() -> Iterator[Check]:
-    ok = sys.version_info >= (3, 12)
+    ok = (3, 12) <= sys.version_info < (3, 14)
     yield Check(
         "python", OK if ok else BLOCKING, f"{platform.python_version()} ({sys.executable})",
-        "" if ok else "megatron-core 0.19 needs Python 3.12 or newer: bash launch/env.sh",
+        "" if ok else "megatron-core 0.19 needs Python 3.12 or 3.13: bash launch/env.sh",
     )  # fmt: skip
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Check(
@@ -105,13 +97,16 @@ def _system() -> Iterator[Check]:
 
 
 def _torch() -> Iterator[Check]:
-    if not _present("torch"):
+    if not installed.present("torch"):
         yield Check("torch", BLOCKING, "not installed", "pip install torch")
         return
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    yield Check("torch", OK, f"{torch.__version__}, built {build}")
+    new = _at_least(torch.__version__, *OLDEST["torch"])
+    yield Check(
+        "torch", OK if new else BLOCKING, f"{torch.__version__}, built {build}", "" if new else _upgrade("torch")
+    )
     backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]
     yield Check(
         "collectives", OK if backends else BLOCKING, ", ".join(backends) or "neither nccl nor gloo",
@@ -137,32 +132,23 @@ def _torch() -> Iterator[Check]:
 
 
 def _required() -> Iterator[Check]:
-    version = _version("megatron-core")
+    version = installed.version("megatron-core")
     if version is None:
-        yield Check("megatron-core", BLOCKING, "not installed", 'pip install "megatron-core>=0.19"')
-    elif not _at_least(version, 0, 19) or not _present("megatron.training"):
-        found = "holds megatron.training" if _present("megatron.training") else "without megatron.training"
+        yield Check("megatron-core", BLOCKING, "not installed", _upgrade("megatron-core"))
+    elif not _at_least(version, *OLDEST["megatron-core"]) or not installed.present("megatron.training"):
+        found = "holds megatron.training" if installed.present("megatron.training") else "without megatron.training"
         yield Check(
             "megatron-core", BLOCKING, f"{version}, {found}",
-            'pip install --upgrade "megatron-core>=0.19" (the first wheel with megatron.training)',
+            f"{_upgrade('megatron-core')} (the first wheel with megatron.training)",
         )  # fmt: skip
     else:
         yield Check("megatron-core", OK, f"{version}, holds megatron.training")
-    for name in (
-        "numpy",
-        "psutil",
-        "tokenizers",
-        "transformers",
-        "safetensors",
-        "tensorboard",
-        "matplotlib",
-        "tqdm",
-    ):
-        version = _version(name)
-        if version:
+    for name in (name for name in OLDEST if name not in ("megatron-core", "torch")):
+        version = installed.version(name)
+        if version is not None and _at_least(version, *OLDEST[name]):
             yield Check(name, OK, version)
         else:
-            yield Check(name, BLOCKING, "not installed", f"pip install {name}")
+            yield Check(name, BLOCKING, version or "not installed", _upgrade(name))
 
 
 def _optional() -> Iterator[Check]:
@@ -176,35 +162,35 @@ def _optional() -> Iterator[Check]:
         ),
         "quack": (
             "quack", ("quack-kernels",), 'activations inside matrix products on Hopper ([xact] mlp = "quack")',
-            _extra("quack"),
+            installed.extra("quack"),
         ),
         "deepspeed": (
             "deepspeed", ("deepspeed",), 'ZeRO 1-3 and offload to host memory ([xact] engine = "deepspeed")',
-            _extra("deepspeed"),
+            installed.extra("deepspeed"),
         ),
         "dali": (
             "nvidia.dali", ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
-            'a loader of batches ([xact] loader = "dali")', _extra("dali"),
+            'a loader of batches ([xact] loader = "dali")', installed.extra("dali"),
         ),
-        "wandb": ("wandb", ("wandb",), "Weights & Biases logging", _extra("wandb")),
-        "datasets": ("datasets", ("datasets",), "corpora by Hugging Face name", _extra("data")),
-        "pyarrow": ("pyarrow", ("pyarrow",), "parquet corpora", _extra("data")),
+        "wandb": ("wandb", ("wandb",), "Weights & Biases logging", installed.extra("wandb")),
+        "datasets": ("datasets", ("datasets",), "corpora by Hugging Face name", installed.extra("data")),
+        "pyarrow": ("pyarrow", ("pyarrow",), "parquet corpora", installed.extra("data")),
     }  # fmt: skip
     for name, (module, distributions, adds, install) in packages.items():
-        version = next(filter(None, map(_version, distributions)), None)
-        if _present(module):
+        version = next(filter(None, map(installed.version, distributions)), None)
+        if installed.present(module):
             yield Check(name, OK, version or "present (built from source)")
         else:
             yield Check(name, ABSENT, f"adds {adds}", install)
 
 
 def _transformer_engine() -> Check:
-    name, install = "transformer-engine", _extra("te", "--no-build-isolation ")
-    if not _present("transformer_engine"):
+    name, install = "transformer-engine", installed.extra("te", "--no-build-isolation ")
+    if not installed.present("transformer_engine"):
         return Check(name, ABSENT, "adds fused layers, FusedAdam and FP8 on GPUs", install)
     # What Megatron itself imports to decide whether it has TransformerEngine.
     error = _import_error("transformer_engine.pytorch.optimizers")
-    version = _version("transformer-engine") or _version("transformer_engine") or "unknown version"
+    version = installed.version("transformer-engine") or "unknown version"
     if error:
         return Check(name, WARNING, f"{version}, but it does not import: {error}", install)
     return Check(name, OK, version)
@@ -227,10 +213,11 @@ def _import_error(module: str) -> str | None:
 
 def _apex() -> Check:
     """NVIDIA's apex, or the unrelated project of that name on PyPI, told apart by its files."""
-    build = "build NVIDIA's from source (github.com/NVIDIA/apex) if TransformerEngine is no option"
+    build = "build NVIDIA's from source (github.com/NVIDIA/apex)"
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Check("apex", ABSENT, "adds FusedAdam where TransformerEngine is missing", build)
+        adds = "adds weight gradients into main_grad within their products, and FusedAdam without TransformerEngine"
+        return Check("apex", ABSENT, adds, build)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     parts = ("optimizers", "multi_tensor_apply")
     if not all(any((folder / part).is_dir() for folder in folders) for part in parts):
@@ -239,11 +226,11 @@ def _apex() -> Check:
             "this is PyPI's unrelated 'apex'; Megatron takes it for NVIDIA's and fails building its norms",
             f"pip uninstall apex; {build}",
         )  # fmt: skip
-    if not _present("amp_C"):
+    if not installed.present("amp_C"):
         return Check(
             "apex", WARNING, "NVIDIA's, but built without CUDA extensions (amp_C): FusedAdam fails", build
         )
-    return Check("apex", OK, f"NVIDIA's, {_version('apex') or 'unknown version'}")
+    return Check("apex", OK, f"NVIDIA's, {installed.version('apex') or 'unknown version'}")
 
 
 def _backends(status: dict[str, Check]) -> Iterator[Backend]:
@@ -276,7 +263,7 @@ def _backends(status: dict[str, Check]) -> Iterator[Backend]:
 
 def _activation_backend(on_gpu: bool) -> Backend:
     eager = "PyTorch formulas, analytic backward"
-    if not _present("torch"):
+    if not installed.present("torch"):
         return Backend("activation", "none", "no torch")
     from megatron_xact.kernels import cpu, ops
 
@@ -300,7 +287,7 @@ def _gpu_run_lacks(status: dict[str, Check]) -> list[str]:
 
 
 def _activation_names() -> list[str]:
-    if not _present("torch"):
+    if not installed.present("torch"):
         return []
     from megatron_xact import activations
 

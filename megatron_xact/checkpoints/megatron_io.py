@@ -76,6 +76,8 @@ class DistributedCheckpoint:
         self.iteration: int = common.get("iteration", 0)
         self.args: Namespace | None = common.get("args")
         if self.args is None:
+            if (folder / "run_config.yaml").is_file():
+                raise ValueError(f"checkpoint {folder} is Megatron-Bridge's, which only Megatron-Bridge can read yet")
             raise ValueError(f"checkpoint {folder} holds no arguments; nothing says what model it is")
 
     def shapes(self, rules: Iterable[Rule] = ()) -> dict[str, tuple[int, ...]]:

@@ -7,10 +7,17 @@ that is installed. A config key is a flag's name without the leading dashes; `-`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import enum
 import functools
+import io
+import traceback
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_xact.pretraining.files import why_not
 
 Scalar = bool | int | float | str
 Value = Scalar | list
@@ -56,6 +63,25 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Megatron's namespace for a command line, as parsed: `validate_args` has not filled anything in yet."""
     return parser().parse_args(arguments)
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Megatron's own validation, which also works out what was not given. ValueError: what it asserts."""
+    from megatron.training.arguments import validate_args
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            validate_args(args)
+    except AssertionError as error:
+        raise ValueError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """In one line; many of Megatron's assertions have no words of their own."""
+    if str(error):
+        return why_not(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron refuses these arguments: {where.line} ({Path(where.filename).name}, line {where.lineno})"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ tracker file it starts from random weights or exits with code 0. Here the first 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from argparse import Namespace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_xact import installed
 from megatron_xact.layers import coverage
 from megatron_xact.pretraining import arguments, resume
 from megatron_xact.pretraining.checkpointing import choice
@@ -22,8 +22,6 @@ from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkp
 
 if TYPE_CHECKING:
     from megatron_xact.pretraining.config import ActivationConfig, BranchConfig, RunConfig, XactConfig
-
-__all__ = ["TRACKER", "check_checkpoint", "validate"]
 
 REQUIRED = (
     "num-layers",
@@ -50,27 +48,30 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments.parse(config.arguments())
-    _required(args)
-    _schedule(args)
+    required(args)
+    schedule(args)
     _batches(args)
-    _model(args, num_query_groups_given="num-query-groups" in config.megatron)
-    _parallel(args, world_size)
+    model(args, num_query_groups_given="num-query-groups" in config.megatron)
+    parallel(args, world_size)
     _data(args)
     _loader(config.xact.loader)
     _mlp(config.mlp)
+    if config.xact.sample_tokens and args.pipeline_model_parallel_size > 1:
+        raise ValueError("sample-tokens needs pipeline-model-parallel-size = 1: set sample-tokens = 0 in [xact]")
     _fp8(args, config)
     _tokenizer(args)
     if config.xact.engine == "deepspeed":
         _deepspeed(args, config)
     else:
-        _optimizer(args, config.activation)
+        optimizer(args, config.activation)
     _retention(args, config.xact)
     _layers(args, config.xact.engine)
     _trainer(args)
     _checkpoint(args, config.activation.identity(), config.branch, config.xact.engine)
 
 
-def _required(args: Namespace) -> None:
+def required(args: Namespace) -> None:
+    """What every run has to say. ValueError: the first thing that is missing, or a size below 1."""
     for name in REQUIRED:
         if getattr(args, name.replace("-", "_")) is None:
             raise ValueError(f"{name} is missing; every run needs it")
@@ -86,7 +87,7 @@ def _required(args: Namespace) -> None:
             raise ValueError(f"{name} = {value} must be at least 1")
 
 
-def _schedule(args: Namespace) -> None:
+def schedule(args: Namespace) -> None:
     """What Megatron's scheduler asserts, without a word, once the model is built."""
     if args.lr is None:
         return
@@ -127,7 +128,8 @@ def _divides(size: int, size_name: str, total: int, total_name: str) -> None:
         raise ValueError(f"{size_name} = {size} must divide {total_name} = {total}; change one of them")
 
 
-def _model(args: Namespace, num_query_groups_given: bool) -> None:
+def model(args: Namespace, num_query_groups_given: bool) -> None:
+    """Sizes against each other. ValueError: what does not divide or has no effect."""
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.kv_channels is None:
         _divides(heads, "num-attention-heads", args.hidden_size, "hidden-size")
@@ -142,7 +144,8 @@ def _model(args: Namespace, num_query_groups_given: bool) -> None:
         )
 
 
-def _parallel(args: Namespace, world_size: int) -> None:
+def parallel(args: Namespace, world_size: int) -> None:
+    """Sizes against the ranks that share them. ValueError: what does not divide."""
     tp, pp, cp = (
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -154,13 +157,8 @@ def _parallel(args: Namespace, world_size: int) -> None:
         _divides(tp, tp_name, args.padded_vocab_size, "padded-vocab-size")
     if args.group_query_attention and groups % tp and tp % groups:
         raise ValueError(f"{tp_name} = {tp} must divide num-query-groups = {groups} or be a multiple of it")
-    if args.ffn_hidden_size is not None:
-        _divides(tp, tp_name, args.ffn_hidden_size, "ffn-hidden-size")
-    elif args.swiglu:  # Megatron's default for gated MLPs: two thirds of 4h, in multiples of 64
-        default = int((4 * args.hidden_size * 2 / 3) / 64) * 64
-        _divides(tp, tp_name, default, "ffn-hidden-size (Megatron's default)")
-    else:
-        _divides(tp, tp_name, 4 * args.hidden_size, "ffn-hidden-size (Megatron's default)")
+    of = "" if args.ffn_hidden_size is not None else " (Megatron's default)"
+    _divides(tp, tp_name, ffn_size(args), f"ffn-hidden-size{of}")
     if args.sequence_parallel and tp > 1:  # at tp = 1 Megatron switches it off and says so
         _divides(tp, f"sequence-parallel: {tp_name}", args.seq_length, "seq-length")
     if cp > 1:
@@ -190,6 +188,13 @@ def _parallel(args: Namespace, world_size: int) -> None:
         )
 
 
+def ffn_size(args: Namespace) -> int:
+    """As given, or Megatron's: four times the hidden size, two thirds of that, in multiples of 64, for a gated MLP."""
+    if args.ffn_hidden_size is not None:
+        return args.ffn_hidden_size
+    return int((4 * args.hidden_size * 2 / 3) / 64) * 64 if args.swiglu else 4 * args.hidden_size
+
+
 def _data(args: Namespace) -> None:
     given = {name: getattr(args, name.replace("-", "_")) for name in arguments.DATA_PATHS}
     if not args.mock_data and not any(given.values()):
@@ -197,7 +202,7 @@ def _data(args: Namespace) -> None:
             'no data: set data-path = "prefix" of .bin/.idx files (`xact data prepare` makes them) or mock-data'
         )
     for name in arguments.DATA_PREFIXES:
-        for prefix in _prefixes(given[name] or []):
+        for prefix in prefixes(given[name] or []):
             for suffix in (".bin", ".idx"):
                 if "://" not in prefix and not Path(prefix + suffix).is_file():
                     raise FileNotFoundError(
@@ -209,26 +214,24 @@ def _data(args: Namespace) -> None:
             raise FileNotFoundError(f"{name}: no such file {given[name]}")
 
 
-def _loader(loader: str) -> None:
-    if loader != "dali":
-        return
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:  # not even the package above it
-        found = None
-    if found is None:
+def _need(module: str, key: str, value: str, install: str) -> None:
+    if not installed.present(module):
         raise ValueError(
-            'loader = "dali" in [xact] needs NVIDIA DALI, which is not installed: pip install '
-            "'megatron-xact[dali]', or leave loader out"
+            f"{key} = {value!r} in [xact] needs the package {module}, which is not installed: {install}, or leave "
+            f"{key} out"
         )
+
+
+def _loader(loader: str) -> None:
+    if loader == "dali":
+        _need("nvidia.dali", "loader", loader, installed.extra("dali"))
 
 
 def _mlp(mlp: str) -> None:
     """Is the package of a named backend here? Whether it serves this GPU and model is for the ranks to say."""
-    install = {"triton": "pip install triton", "quack": "pip install 'megatron-xact[quack]'"}
-    if mlp in install and importlib.util.find_spec(mlp) is None:
-        raise ValueError(f"mlp = {mlp!r} in [xact] needs the package {mlp}, which is not installed: {install[mlp]}, or "
-                         "leave mlp out")  # fmt: skip
+    install = {"triton": "pip install triton", "quack": installed.extra("quack")}
+    if mlp in install:
+        _need(mlp, "mlp", mlp, install[mlp])
 
 
 def _fp8(args: Namespace, config: RunConfig) -> None:
@@ -252,7 +255,7 @@ def _fp8(args: Namespace, config: RunConfig) -> None:
         )
 
 
-def _prefixes(blend: list[str]) -> list[str]:
+def prefixes(blend: list[str]) -> list[str]:
     """The names in a blend: a list of names, or of weight, name, weight, name, ..."""
     weights, names = blend[::2], blend[1::2]
     if len(blend) % 2 == 0 and all(re.fullmatch(r"[-+.\deE]+", word) for word in weights):
@@ -273,7 +276,8 @@ def _tokenizer(args: Namespace) -> None:
 ADAM_OR_SGD = ("adam", "sgd")  # whose updates are linear in the learning rate, see optimizer_policy.py
 
 
-def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
+def optimizer(args: Namespace, activation: ActivationConfig) -> None:
+    """What an optimizer would not do for fp32 alphas. ValueError."""
     # Megatron's plain 16-bit optimizer numbers only the 16-bit parameters when it saves; the alphas are fp32.
     sixteen_bit = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     learned = activation.record().trainable
@@ -282,7 +286,10 @@ def _optimizer(args: Namespace, activation: ActivationConfig) -> None:
             f"{sixteen_bit} with a trainable activation needs use-distributed-optimizer = true, on one process "
             "too: Megatron's plain 16-bit optimizer cannot save fp32 parameters among the others"
         )
-    if learned and (activation.lr_mult, activation.weight_decay) != (1.0, 0.0) and args.optimizer not in ADAM_OR_SGD:
+    policy = learned and (activation.lr_mult, activation.weight_decay) != (1.0, 0.0)
+    if policy and args.optimizer_cuda_graph:  # the policy's learning rate is a number, which a graph keeps
+        raise ValueError("lr-mult and weight-decay in [activation] do not go with optimizer-cuda-graph; leave it out")
+    if policy and args.optimizer not in ADAM_OR_SGD:
         raise ValueError(  # others update alphas in an optimizer that may know nothing of the run's weight decay
             f"lr-mult and weight-decay in [activation] need optimizer = 'adam' or 'sgd', not {args.optimizer!r}"
         )
@@ -322,11 +329,7 @@ def _deepspeed(args: Namespace, config: RunConfig) -> None:
             f"offload-parameters in [deepspeed] needs zero-stage = 3, not {config.deepspeed.zero_stage}: only it "
             "shares parameters out"
         )
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            'engine = "deepspeed" in [xact] needs DeepSpeed, which is not installed: pip install '
-            "'megatron-xact[deepspeed]', or leave engine out"
-        )
+    _need("deepspeed", "engine", "deepspeed", installed.extra("deepspeed"))
 
 
 def _retention(args: Namespace, xact: XactConfig) -> None:
@@ -341,7 +344,7 @@ def _retention(args: Namespace, xact: XactConfig) -> None:
 
 def _layers(args: Namespace, engine: str) -> None:
     """What neither our layers nor, without TransformerEngine, the local ones have; Megatron may go on without it."""
-    local = coverage.why_local(args.transformer_impl, importlib.util.find_spec("transformer_engine") is not None)
+    local = coverage.why_local(args.transformer_impl, installed.present("transformer_engine"))
     if engine == "deepspeed":
         local = local or 'engine = "deepspeed"'
     coverage.refuse(args, local)
@@ -360,6 +363,13 @@ def _trainer(args: Namespace) -> None:
         raise ValueError(
             f"ckpt-format = {args.ckpt_format!r} is not supported: such a run cannot be resumed, checked or exported "
             "here; leave it out (torch_dist), and bring old checkpoints over with `xact import`"
+        )
+    scopes = [*(args.cuda_graph_modules or ()), *(args.cuda_graph_scope_deprecated or ())]
+    if "full_iteration" in (args.cuda_graph_impl, *scopes):
+        raise ValueError(
+            "cuda-graph-impl = 'full_iteration' is not supported: what is done between a step's gradients and its "
+            "update (loss, alphas, replicas and signals are looked at) has no place in a graph; use 'local' or "
+            "'transformer_engine'"
         )
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     if graphs and not torch.cuda.is_available():

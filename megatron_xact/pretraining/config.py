@@ -32,21 +32,8 @@ from pathlib import Path
 from megatron_xact import activations
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends, fp8_product, linear, mlp_choice
-from megatron_xact.pretraining import arguments, signals
+from megatron_xact.pretraining import arguments, resume, signals
 from megatron_xact.pretraining.arguments import Value
-from megatron_xact.pretraining.checks import validate
-
-__all__ = [
-    "ActivationConfig",
-    "BranchConfig",
-    "DeepSpeedConfig",
-    "FP8Config",
-    "LaunchConfig",
-    "RunConfig",
-    "XactConfig",
-    "load",
-    "validate",
-]
 
 TABLES = ("model", "parallel", "data", "optimizer", "schedule", "checkpoint", "logging", "runtime")
 Tables = dict[str, dict[str, object]]
@@ -75,15 +62,8 @@ class ActivationConfig:
         return activations.get(self.name, trainable=self.trainable, eps=self.eps, **self.init)
 
     def identity(self) -> dict[str, object]:
-        """What a checkpoint must say about its activation for its alphas to mean anything."""
-        record = self.record()
-        fixed = {q.name: q.init for q in record.parameters if not q.trainable}
-        return {
-            "name": record.name,
-            "trainable": [q.name for q in record.trainable],
-            "fixed": fixed,
-            "eps": self.eps,
-        }
+        """What a checkpoint says about its activation."""
+        return resume.identity(self.record())
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,24 @@ def _adapt_megatron() -> None:
         for name, value in list(vars(module).items()):
             if (plain := getattr(value, "_torchdynamo_orig_callable", None)) is not None:
                 setattr(module, name, plain)
+    _gather_each_bucket_by_itself()
     _mend_async_saves()
     mends.apply()
+
+
+def _gather_each_bucket_by_itself() -> None:
+    """Of virtual pipeline stages after the first, Megatron gathers all buckets at once, alphas' fp32 and bf16 ones.
+
+    NCCL can do that. Torch's gloo makes garbage of two dtypes that are gathered at once, and says nothing.
+    """
+    from megatron.core.distributed import distributed_data_parallel
+
+    stock = distributed_data_parallel.partition_buckets
+
+    def partition_buckets(buffers, force_single_bucket_group=False, **kwargs):
+        return stock(buffers, force_single_bucket_group=False, **kwargs)
+
+    distributed_data_parallel.partition_buckets = partition_buckets
 
 
 def _mend_async_saves() -> None:

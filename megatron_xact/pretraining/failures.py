@@ -109,5 +109,5 @@ def root_cause(statuses: dict[int, Status], ranks: range) -> Failure:
 def record(run: Path, failure: Failure, attempt: str, decision: str) -> None:
     """Append the failure, and what was decided, to RUN/failures.jsonl."""
     entry = {"time": time.time(), "attempt": attempt, **asdict(failure), "decision": decision}
-    with open(run / FILE, "a") as file:
+    with open(run / FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from megatron_xact.layers.activation import TrainableActivation
 from megatron_xact.pretraining import throughput
+from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.guards import check_replicas
 from megatron_xact.pretraining.statistics import Probe, Statistics, finite
 
@@ -226,8 +227,11 @@ class Monitor:
     def _append(self, name: str, record: dict) -> None:
         if self.folder is None:
             return
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full or hiccuping file system must not end the training
+            tqdm.write(f"xact: cannot write {self.folder / name}: {why_not(error)}", file=self.terminal)
 
 
 def gather_alphas(model: list[torch.nn.Module]) -> Alphas:

@@ -18,7 +18,7 @@ LOST = 60.0  # seconds without a beat after which a node counts as lost
 
 class Nodes:
     def __init__(self, run: Path | None, rank: int, count: int, lost: float = LOST):
-        """run: the folder all nodes share; with one node, nothing is written or read."""
+        """run: the folder all nodes share; with one node, it may be None: nothing is written or read."""
         self.folder = run / "logs" / "nodes" if run is not None else None
         self.rank, self.count, self.lost = rank, count, lost
         self.leads = rank == 0
@@ -26,8 +26,6 @@ class Nodes:
         self._written = 0.0
         self._seen: dict[int, tuple[int, float]] = {}  # node -> (its beat, when it was first seen to have that)
         if count > 1:
-            if self.folder is None:
-                raise ValueError("several nodes need a run folder that all of them see: set save in [checkpoint]")
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def say(self, **news: object) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -62,14 +61,3 @@ def apply_policy(parameters: list[torch.nn.Parameter], lr_mult: float, weight_de
 
     register_optimizer_step_pre_hook(remember)
     register_optimizer_step_post_hook(scale)
-
-
-def make_16_bit_runs_savable(chunks: list[torch.nn.Module]) -> None:
-    """Let Megatron's distributed optimizer save fp32 alphas among bf16 or fp16 parameters. Call before it is built.
-
-    In each parameter group it puts fp32 parameters before 16-bit ones, but looks them up, when it saves and loads, in
-    the order of the data-parallel buffers, which have one dtype each: with fp32 first, the two orders agree.
-    """
-    for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel):
-            chunk.buffers.sort(key=lambda buffer: buffer.param_dtype != torch.float32)

@@ -119,7 +119,7 @@ def _records(path: Path) -> Iterator[dict]:
     """The whole records of a JSONL file. A killed run leaves half a line, and a resumed one goes on right behind it."""
     if not path.exists():
         return
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         for line in file:
             start = line.rfind('{"step":')  # how every record begins, and nothing inside one
             if start >= 0 and line.endswith("\n"):
@@ -155,7 +155,7 @@ def _activation(path: Path) -> Activation | None:
 
 def _unigram_loss(path: Path) -> float | None:
     """As the run itself measured it at its end."""
-    perplexity = json.loads(path.read_text()).get("unigram_perplexity") if path.exists() else None
+    perplexity = json.loads(path.read_text(encoding="utf-8")).get("unigram_perplexity") if path.exists() else None
     return math.log(perplexity) if perplexity else None
 
 

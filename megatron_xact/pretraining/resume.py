@@ -9,16 +9,30 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_xact.activations import Activation
 
 # Megatron's variables that give the weights their shapes; a mismatch ends in a traceback of tensor sizes.
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "swiglu",
          "add_bias_linear", "untie_embeddings_and_output_weights")  # fmt: skip
 
 
+def identity(activation: Activation) -> dict[str, object]:
+    """What a checkpoint must say about its activation for its alphas to mean anything."""
+    return {
+        "name": activation.name,
+        "trainable": [q.name for q in activation.trainable],
+        "fixed": {q.name: q.init for q in activation.parameters if not q.trainable},
+        "eps": activation.eps,
+    }
+
+
 def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, object], engine: str) -> None:
     """ValueError, one line, for the first thing in which `checkpoint` (torch_dist) and the run contradict.
 
-    args: Megatron's, as parsed; activation: `ActivationConfig.identity()`; engine: as in [xact]. Checkpoints that say
+    args: Megatron's, as parsed; activation: the run's `identity`; engine: as in [xact]. Checkpoints that say
     nothing of a matter (weights alone; an activation that Megatron's own programs trained) are not refused for it, nor
     is `release` for its optimizer, of which Megatron loads the weights alone.
     """

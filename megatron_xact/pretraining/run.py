@@ -19,22 +19,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megatron_xact.pretraining import arguments, exits, failures, launchers, signals, status, supervisor
 from megatron_xact.pretraining import config as config_file
-from megatron_xact.pretraining import exits, failures, launchers, signals, status, supervisor
-from megatron_xact.pretraining.config import RunConfig, validate
-from megatron_xact.pretraining.files import why_not, write_text
+from megatron_xact.pretraining.checks import validate
+from megatron_xact.pretraining.config import RunConfig
+from megatron_xact.pretraining.files import write_text
 from megatron_xact.pretraining.launchers import Plan
 from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
 
@@ -91,10 +90,17 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> Plan:
     from megatron_xact.pretraining.platform import default_processes
 
     per_node = args.nproc_per_node or default_processes(config)
-    if args.nnodes > 1 and not (args.launch_plan or args.rendezvous):
-        raise ValueError("--nnodes needs --rendezvous HOST:PORT, an address and a free port of machine number 0")
+    if per_node < 1 or args.nnodes < 1:
+        raise ValueError(f"--nproc-per-node {per_node} and --nnodes {args.nnodes} must be at least 1")
+    if not 0 <= args.node_rank < args.nnodes:
+        raise ValueError(f"--node-rank {args.node_rank} must be from 0 to {args.nnodes - 1}: --nnodes is {args.nnodes}")
+    if args.nnodes > 1 and not args.launch_plan:
+        if not args.rendezvous:
+            raise ValueError("--nnodes needs --rendezvous HOST:PORT, an address and a free port of machine number 0")
+        if "save" not in config.megatron:
+            raise ValueError("--nnodes needs a run folder that all machines see: set save in [checkpoint]")
     plan = Plan(
-        words=sys.argv[sys.argv.index("pretrain") + 1 :] if "pretrain" in sys.argv else [],
+        words=args.words,
         run=str(Path(config.megatron["save"]).absolute()) if "save" in config.megatron else None,
         nodes=args.nnodes,
         per_node=per_node,
@@ -110,7 +116,7 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> Plan:
 
 def _let_megatron_check(config: RunConfig, processes: int) -> None:
     """Megatron's own validation of its arguments, here rather than on every rank. ValueError: what it asserts."""
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_args
 
     from megatron_xact.pretraining import platform
 
@@ -121,19 +127,7 @@ def _let_megatron_check(config: RunConfig, processes: int) -> None:
     finally:
         sys.argv = given
     args.world_size = processes
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            validate_args(args)
-    except AssertionError as error:
-        raise ValueError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """In one line; many of Megatron's assertions have no words of their own."""
-    if str(error):
-        return why_not(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron refuses these arguments: {where.line} ({Path(where.filename).name}, line {where.lineno})"
+    arguments.fill_in(args)
 
 
 def _be_the_only_rank() -> None:
@@ -155,7 +149,7 @@ def _output(config: RunConfig, quiet: bool):
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     keep = tuple(os.dup(fd) for fd in (1, 2))
     logs.mkdir(parents=True, exist_ok=True)
-    log = open(logs / f"rank{os.environ['RANK']}.log", "a", buffering=1)
+    log = open(logs / f"rank{os.environ['RANK']}.log", "a", buffering=1, encoding="utf-8")
     sys.stdout.flush()
     for fd in (1, 2):
         os.dup2(log.fileno(), fd)
@@ -187,18 +181,17 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         words = _words(config, added, run_folder) + _choose_checkpoint(config, ranks, terminal)
         args, container, monitor, keeper, stop = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
-        if os.environ["RANK"] != "0":
-            raise SystemExit(2) from None  # every rank fails alike; one of them says so
-        raise ValueError(_reason(error)) from error
+        reason = arguments.refusal(error)
+        if os.environ["RANK"] != "0":  # mostly all ranks fail alike, and the first one says it; else the launcher
+            watchdog.end("user", reason)
+            raise SystemExit(exits.USER_ERROR) from None
+        raise ValueError(reason) from error
 
     import torch
     from megatron.core import mpu
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
     from torch.distributed.checkpoint import CheckpointException
 
     from megatron_xact.layers.coverage import Unsupported
-    from megatron_xact.pretraining import gpt, stopping
     from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
     from megatron_xact.pretraining.guards import ReplicaMismatch
 
@@ -206,18 +199,7 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         run_folder.mkdir(parents=True, exist_ok=True)
         write_text(run_folder / "config.toml", config.dump())
     try:
-        datasets = gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
-        datasets = stopping.unless_asked(datasets)
-        forward_step = stop.notice_before(monitor.watch_loss(gpt.forward_step))
-        if config.xact.engine == "deepspeed":
-            from megatron_xact.pretraining.zero import training as zero
-
-            zero.pretrain(config, container, datasets, forward_step, gpt.embedding_ranks, ranks.store)
-        else:
-            pretrain(
-                container, datasets, ModelType.encoder_or_decoder, forward_step,
-                get_embedding_ranks=gpt.embedding_ranks, store=ranks.store,
-            )  # fmt: skip
+        _pretrain(config, container, stop.notice_before, monitor.watch_loss, ranks)
         monitor.close()
         _tell_results(args, config, monitor, run_folder, terminal)
     except SystemExit as ending:  # Megatron's loop ended early
@@ -225,10 +207,7 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
             kind, reason = failures.of_megatrons_exit(ending.code)
             return _fail(watchdog, kind, reason, terminal)
         monitor.close_bar()
-        signal = stopping.flag_requeue(run_folder, args)
-        if signal and args.rank == 0 and not watchdog.supervised:
-            print(f"xact: ended by {signal}; the same command goes on", file=terminal, flush=True)
-        if signal and args.world_size == 1 and not watchdog.supervised:
+        if _is_to_go_on(args, run_folder, watchdog, terminal) and args.world_size == 1 and not watchdog.supervised:
             return exits.PREEMPTED
     except ReplicaMismatch as error:
         if run_folder is None and mpu.get_tensor_model_parallel_rank() != 0:  # its group's first rank says the same
@@ -266,6 +245,36 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
     return 0
 
 
+def _pretrain(config: RunConfig, container, notice_before: Callable, watch_loss: Callable, ranks: Ranks) -> None:
+    """Megatron's `pretrain`, or ZeRO's, with our datasets and forward step. SystemExit: its loop ended early."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from megatron_xact.pretraining import gpt, stopping
+
+    datasets = gpt.datasets_of(config.branch.data_steps) if config.branch.trunk else gpt.datasets_provider
+    datasets, forward_step = stopping.unless_asked(datasets), notice_before(watch_loss(gpt.forward_step))
+    if config.xact.engine == "deepspeed":
+        from megatron_xact.pretraining.zero import training as zero
+
+        zero.pretrain(config, container, datasets, forward_step, gpt.embedding_ranks, ranks.store)
+    else:
+        pretrain(
+            container, datasets, ModelType.encoder_or_decoder, forward_step,
+            get_embedding_ranks=gpt.embedding_ranks, store=ranks.store,
+        )  # fmt: skip
+
+
+def _is_to_go_on(args, run_folder: Path | None, watchdog: Watchdog, terminal: TextIO) -> bool:
+    """After a loop that ended early: was it for a signal? Then the first rank asks for a requeue. A collective."""
+    from megatron_xact.pretraining import stopping
+
+    signal = stopping.flag_requeue(run_folder, args)
+    if signal and args.rank == 0 and not watchdog.supervised:
+        print(f"xact: ended by {signal}; the same command goes on", file=terminal, flush=True)
+    return signal is not None
+
+
 def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
     """What ended this rank, told in one line, by the launcher where it can read it in a run's folder; the exit code."""
     watchdog.end(kind, reason)
@@ -281,7 +290,6 @@ def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
 
 def _choose_checkpoint(config: RunConfig, ranks: Ranks, terminal: TextIO) -> list[str]:
     """The words that make Megatron load what all ranks have agreed on; what was found is told once."""
-    from megatron_xact.pretraining import arguments
     from megatron_xact.pretraining.checkpointing import choice
 
     args = arguments.parse(config.arguments())
@@ -300,8 +308,6 @@ def _choose_checkpoint(config: RunConfig, ranks: Ranks, terminal: TextIO) -> lis
 
 
 def _words(config: RunConfig, added: dict, run_folder: Path | None) -> list[str]:
-    from megatron_xact.pretraining import arguments
-
     if run_folder is not None and "tensorboard-dir" not in config.megatron:
         added["tensorboard-dir"] = str(run_folder / "tensorboard")
     # Megatron's fused bias+activation paths know its own activations only; ours does not go through them.
@@ -326,10 +332,8 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     from megatron_xact.pretraining import stopping
     from megatron_xact.pretraining.checkpointing.keeper import Keeper
     from megatron_xact.pretraining.monitor import Monitor
-    from megatron_xact.pretraining.optimizer_policy import apply_policy, make_16_bit_runs_savable
+    from megatron_xact.pretraining.optimizer_policy import apply_policy
 
-    if config.xact.sample_tokens and config.megatron.get("pipeline-model-parallel-size", 1) > 1:
-        raise ValueError("sample-tokens needs pipeline-model-parallel-size = 1: set sample-tokens = 0 in [xact]")
     select_backend(config.xact.kernels)
     sys.argv = ["xact pretrain", *words]
     args = parse_and_validate_args()
@@ -356,7 +360,6 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
             keeper.check_start(chunks)
         if not by_zero:  # ZeRO's optimizer has groups of its own
             apply_policy(monitor.activation_parameters(), config.activation.lr_mult, config.activation.weight_decay)
-            make_16_bit_runs_savable(chunks)
         return chunks
 
     model.post_wrap_hooks.append(attach)
@@ -400,7 +403,7 @@ def _unigram_loss(args) -> float | None:
     """Of the validation data, in nats per token, where `xact data prepare` made it and measured it."""
     from megatron_xact.pretraining.data import manifest
 
-    folder = Path(args.valid_data_path[0]).parent if args.valid_data_path else None
+    folder = Path(args.valid_data_path[0]).parent if args.valid_data_path and len(args.valid_data_path) == 1 else None
     if folder is None or not (folder / manifest.NAME).is_file():
         return None
     try:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import mpu
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.tokenizers import MegatronTokenizer
+
+TEMPERATURE = 0.8
 
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module,
-    tokenizer: MegatronTokenizer,
-    prompt: str,
-    num_tokens: int,
-    seq_length: int,
-    temperature: float = 0.8,
-    seed: int = 0,
+    model: torch.nn.Module, tokenizer: MegatronTokenizer, prompt: str, num_tokens: int, seq_length: int
 ) -> str:
     """`prompt` and up to `num_tokens` more, as text. Recomputes the whole window for each token: for small models.
 
     A collective over the tensor-parallel group: the gathered logits and the seed are the same on every rank, so the
-    samples are too. Pipeline parallelism is not covered (ValueError). Stops at the end-of-document token.
+    samples are too. Without pipeline parallelism only. Stops at the end-of-document token.
     """
-    if mpu.get_pipeline_model_parallel_world_size() > 1:
-        raise ValueError("sampling needs the whole model on each rank: pipeline-model-parallel-size must be 1")
     device = torch.cuda.current_device()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ids = list(tokenizer.tokenize(prompt))
     training = model.training
     model.eval()
@@ -38,7 +31,7 @@ def generate(
         positions = torch.arange(seq_length, device=device)[None]
         logits = model(tokens, positions, None)[:, len(window) - 1]  # [1, vocab/tp]
         logits = gather_from_tensor_model_parallel_region(logits)[0, : tokenizer.vocab_size].float().cpu()
-        probabilities = torch.softmax(logits / temperature, dim=-1)
+        probabilities = torch.softmax(logits / TEMPERATURE, dim=-1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
         if ids[-1] == tokenizer.eod:
             break

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_xact.pretraining.checkpointing.folder import TRACKER
+from megatron_xact.pretraining.checkpointing.folder import tracked
 
+SLOWEST_BEAT = 10.0  # seconds
+_LONG_AGO = 3600.0  # seconds; more than clocks of two hosts differ by
 FLAG = "requeue"  # RUN/requeue: a signal ended the run in order, it is saved and to go on
 
 
@@ -47,12 +51,40 @@ def folder_of(run: Path) -> Path:
 
 def read(folder: Path, attempt: str, ranks: range) -> dict[int, Status]:
     """The statuses of those of `ranks` that have written one in this attempt."""
-    found = {}
-    for rank in ranks:
-        entry = read_json(path(folder, rank))
-        if entry.get("attempt") == attempt:
-            found[rank] = Status(**entry)
-    return found
+    found = {rank: _status(path(folder, rank)) for rank in ranks}
+    return {rank: s for rank, s in found.items() if s is not None and s.attempt == attempt}
+
+
+def at_work(run: Path) -> Status | None:
+    """A rank that trains into this folder now, of a run that was started before: two at once would undo one another.
+
+    On this host its process tells. One on another host may have died with it, without a last word: it is at work if it
+    beats while this looks, for half a minute at most.
+    """
+    unended = [s for s in map(_status, folder_of(run).glob("*.json")) if s is not None and s.kind is None]
+    for s in unended:
+        if s.host == host_name() and s.pid in processes_of(s.attempt):
+            return s
+    elsewhere = [s for s in unended if s.host != host_name() and abs(time.time() - s.time) < _LONG_AGO]
+    if not elsewhere:
+        return None
+    latest = max(elsewhere, key=lambda s: s.time)
+    print(f"xact: looking whether rank {latest.rank} on {latest.host}, which has not said how it ended, is at work ...",
+          file=sys.stderr, flush=True)  # fmt: skip
+    until = time.monotonic() + 2.5 * SLOWEST_BEAT
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        now = _status(path(folder_of(run), latest.rank))
+        if now is not None and now.kind is None and (now.attempt, now.beat) != (latest.attempt, latest.beat):
+            return now
+    return None
+
+
+def _status(file: Path) -> Status | None:
+    try:
+        return Status(**read_json(file))
+    except TypeError:  # no whole status, or another version's
+        return None
 
 
 def host_name() -> str:
@@ -62,14 +94,14 @@ def host_name() -> str:
 
 def write_json(file: Path, content: dict) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content) + "\n")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
 def read_json(file: Path) -> dict:
     """{} where there is no such file, or not a whole one."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -78,10 +110,10 @@ def read_json(file: Path) -> dict:
 def latest_step(run: Path) -> int:
     """The step of the newest complete checkpoint, by Megatron's tracker file; 0: there is none."""
     try:
-        word = (run / TRACKER).read_text().strip()
-    except OSError:
+        step = tracked(run)
+    except (OSError, ValueError):
         return 0
-    return int(word) if word.isdecimal() else 0
+    return step if isinstance(step, int) else 0
 
 
 def interrupted(run: Path | None) -> str:

@@ -147,12 +147,15 @@ class Supervisor:
         if run is None:  # nowhere to read what happened, and nothing to start again from
             return _of_code(returned)
         said = status.read(status.folder_of(run), attempt, self.plan.ranks)
-        if (run / FLAG).exists():
+        # Listed, not asked for by name: NFS may go on for a minute to deny what rank 0 has made on another node.
+        if run.is_dir() and FLAG in os.listdir(run):
             return self._preempted(status.read_json(run / FLAG).get("signal"), said)
         if returned == 0 or (len(said) == len(self.plan.ranks) and all(s.kind == "done" for s in said.values())):
             return exits.FINISHED
         failure = self._failure(said)
-        if failure.kind == "user":  # the rank has told it
+        if failure.kind == "user":
+            if 0 not in said or said[0].kind != "user":  # else that rank has told it
+                print(f"xact: error: {failure.line()}", file=sys.stderr, flush=True)
             return exits.USER_ERROR
         # torchrun and srun send ranks SIGTERM when one has failed; the scheduler's signal comes from outside only.
         stopping = signals.received() or next((s.signal for s in said.values() if s.signal == self.plan.signal), None)
@@ -245,8 +248,7 @@ def _kill(attempt: str) -> None:
 
 def _end_with_parent() -> None:
     """In the launched process: SIGTERM when this supervisor dies, so that no run goes on without one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def replace_this_process(plan: Plan, node_rank: int, rendezvous: str | None) -> None:
@@ -273,9 +275,17 @@ def main() -> int:
     launcher = Launcher(
         args.launcher, args.rendezvous, tuple(shlex.split(args.wrap)), tuple(shlex.split(args.srun)), args.python
     )
-    # SLURM sees all nodes of a job; by hand, each node has a supervisor of its own.
-    nodes = Nodes(plan.folder, args.node_rank, plan.nodes if args.launcher == "torchrun" else 1)
+    other = status.at_work(plan.folder) if plan.folder is not None and args.node_rank == 0 else None
+    if other is not None:
+        print(
+            f"xact: error: a run is at work in {plan.folder}: rank {other.rank} on {other.host} (process {other.pid}), "
+            f"at step {max(other.step, 0)}; wait for its end, or name another folder by --save",
+            file=sys.stderr,
+        )
+        return exits.USER_ERROR
     try:
+        # SLURM sees all nodes of a job; by hand, each node has a supervisor of its own.
+        nodes = Nodes(plan.folder, args.node_rank, plan.nodes if args.launcher == "torchrun" else 1)
         return Supervisor(plan, launcher, nodes).run()
     except OSError as error:
         print(f"xact: error: {why_not(error)}", file=sys.stderr)

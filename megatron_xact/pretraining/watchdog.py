@@ -9,6 +9,7 @@ and end with the exit code for a hang, so that the launcher acts.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -40,7 +41,8 @@ class Watchdog(threading.Thread):
         self.ranks = range(ranks)
         self.timeout = timeout
         self.terminal = terminal
-        self.interval = min(10.0, max(0.2, timeout / 20)) if timeout else 10.0
+        slowest = status_files.SLOWEST_BEAT
+        self.interval = min(slowest, max(0.2, timeout / 20)) if timeout else slowest
         self.status = Status(os.environ.get("XACT_ATTEMPT", ""), rank, status_files.host_name(), os.getpid())
         self.supervised = bool(self.status.attempt)
         self._progress = time.monotonic()
@@ -109,7 +111,8 @@ class Watchdog(threading.Thread):
 
     def _tell_hang(self) -> None:
         if self.folder is not None:
-            with open(self.folder.parent / f"stacks-rank{self.status.rank}.txt", "a") as file:
+            stacks = self.folder.parent / f"stacks-rank{self.status.rank}.txt"
+            with contextlib.suppress(OSError), open(stacks, "a", encoding="utf-8") as file:  # the disk may be at fault
                 print(f"{time.ctime()}: no progress for {self._allowed():.0f} s", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
         stood_still = self._progress

@@ -280,6 +280,12 @@ def test_a_planted_fault_is_caught_and_named(judged, fault):
         assert report["first_token"] and "first differing module" in report["text"]
 
 
+def test_greedy_continuations_that_part_are_told(judged):
+    report = judged["head_shifted"]
+    assert any(problem.startswith("greedy continuations part at token 0") for problem in report["problems"])
+    assert "0 of 16 greedy tokens alike" in report["continuation"]
+
+
 def test_what_cannot_be_loaded_is_not_loaded(judged):
     assert judged["beta_missing"]["logits_difference"] is None
     assert "cannot be loaded" in judged["beta_missing"]["skipped"][0]

@@ -63,6 +63,9 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
         (["--train-iters", "many"], 1, "--train-iters many: expected an integer"),
         (["--set", "activation.name=xielo"], 1, "unknown activation 'xielo'; did you mean xielu"),
         (["--set", "activation.alpha_n=0.1"], 1, "alpha_n"),
+        ([*PP2, "--set", "xact.sample-tokens=8"], 2, "sample-tokens needs pipeline-model-parallel-size = 1"),
+        ([], -1, "--nproc-per-node -1 and --nnodes 1 must be at least 1"),
+        (["--nnodes", "2", "--node-rank", "2"], 1, "--node-rank 2 must be from 0 to 1"),
         (
             ["--tensor-model-parallel-size", "3"],
             3,
@@ -112,6 +115,12 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
 )
 def test_a_config_that_cannot_run(refused, words, ranks, told):
     assert told in refused(*words, ranks=ranks)
+
+
+def test_several_machines_need_a_folder_that_all_of_them_see(runs, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    code = cli.main(["pretrain", str(runs.config), "--nnodes", "2", "--rendezvous", "a:1"])
+    assert "set save in [checkpoint]" in the_one_line(code, *capsys.readouterr())
 
 
 def test_a_missing_config(refused, tmp_path):

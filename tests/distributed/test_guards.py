@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
+from collections import Counter
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -56,9 +60,12 @@ SILENT = ("none", "the same nan everywhere", "a shard, different by nature")
 
 
 def on_ranks(bf16: bool) -> dict:
-    """{"stage", "rank", "said": {damage: the guard's message, or None}, "values": {damage: element 0}}."""
+    """{"stage", "rank", "said": {damage: the guard's message, or None}, "values": {damage: element 0},
+    "elements": (of the whole model, of this rank) by bytes of each}.
+    """
     import tiny_gpt
 
+    from megatron_xact.pretraining.checkpointing.keeper import _elements
     from megatron_xact.pretraining.guards import ReplicaMismatch, check_replicas
 
     with tiny_gpt.model_parallel(tp=2, pp=2) as groups:
@@ -66,6 +73,7 @@ def on_ranks(bf16: bool) -> dict:
             activations.get("xielu"),
             groups,
             num_layers=4,
+            distributed_optimizer=bf16,
             add_bias_linear=True,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -86,7 +94,32 @@ def on_ranks(bf16: bool) -> dict:
             if where == stage:
                 parameters[name].data.copy_(before)
         check_replicas([model], groups.tp, STEP)  # all is repaired
+        here = Counter()
+        for parameter in model.parameters():
+            here[parameter.element_size()] += parameter.numel()
+        found["elements"] = _elements([model]), here
+        found["at the end"] = at_the_end(model, parameters["decoder.layers.0." + ALPHA_P], rank)
         return found
+
+
+def at_the_end(model: torch.nn.Module, alpha: torch.Tensor, rank: int) -> str | None:
+    """What a run says that ends after STEP steps, whose last one has moved the replicas apart."""
+    from megatron.training.global_vars import set_args
+
+    from megatron_xact.pretraining.guards import ReplicaMismatch
+    from megatron_xact.pretraining.monitor import Monitor
+
+    monitor = Monitor(None, sys.stderr, guard_interval=STEP + 1, telemetry_interval=0)
+    monitor.model = [model]
+    if rank == 1:
+        next_up(alpha)
+    set_args(Namespace(curr_iteration=STEP - 1))
+    try:
+        monitor.close()
+    except ReplicaMismatch as error:
+        return str(error)
+    finally:
+        set_args(None)
 
 
 def on_ranks_both() -> dict[bool, dict]:
@@ -141,6 +174,15 @@ def test_tells_the_values_to_the_last_bit(found):
         assert [torch.tensor(float(number)) for number in told] == values
         assert values[0] != values[1]
     assert "rank 0 = 0, rank 1 = -0." in found[0]["said"]["minus zero"]
+
+
+def test_the_last_step_is_checked_whatever_the_interval(found):
+    assert all(f"after {STEP} steps, decoder.layers." in rank["at the end"] for rank in found)
+
+
+def test_the_room_for_a_checkpoint_is_that_of_all_ranks(found):
+    whole = sum((rank["elements"][1] for rank in found), Counter())
+    assert [rank["elements"][0] for rank in found] == [whole] * 4
 
 
 def test_names_the_element(found):

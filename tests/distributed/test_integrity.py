@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import random
 import re
 import shutil
 import subprocess
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +22,9 @@ from warm import Life, Warm
 
 from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.checkpointing import choice
-from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off
-from megatron_xact.pretraining.config import load
+from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off, saved_steps
+from megatron_xact.pretraining.checkpointing.keeper import Keeper, _save_follows
+from megatron_xact.pretraining.config import XactConfig, load
 
 pytestmark = MARKS
 
@@ -124,12 +128,14 @@ def test_two_ranks_of_which_one_is_killed_while_they_save_agree_on_what_is_whole
     assert "going on from" in server.run(*run("killed"), ranks=2)
     assert Run(folder, 0, "").losses == whole.losses
 
-    flip(folder / "iter_0000012" / "__1_0.distcp")  # what the second rank wrote, and compares
+    files = sorted(json.loads((folder / "iter_0000012" / "integrity.json").read_text())["files"])
+    theirs = next(name for name in files[1::2] if name.endswith(".distcp"))  # of those that the second rank compares
+    flip(folder / "iter_0000012" / theirs)
     lives = server.start(*run("killed", "--ckpt-step", "12"), ranks=2)
     assert [life.wait() for life in lives] == [2, 2]
     assert [life.output.count("xact: error: ") for life in lives] == [1, 0]
     told = server.run(*run("killed"), ranks=2)
-    assert re.search(r"iter_0000012 is damaged: __1_0.distcp is not what .*: going on from \S*/iter_0000010", told)
+    assert re.search(rf"iter_0000012 is damaged: {theirs} is not what .*: going on from \S*/iter_0000010", told)
     assert Run(folder, 0, "").losses == whole.losses
 
 
@@ -257,6 +263,21 @@ def test_megatrons_own_check_reads_our_checksums(saved, tmp_path):
     flip(folder / "iter_0000012" / "__0_0.distcp")
     with pytest.raises(CheckpointingException, match="__0_0.distcp: hash mismatch"):
         verify_integrity_manifest(str(folder / "iter_0000012"))
+
+
+def test_what_has_just_been_saved_and_is_not_whole_costs_no_other_checkpoint(saved, tmp_path):
+    folder, said = copy_of(saved, tmp_path / "run"), io.StringIO()
+    (folder / "iter_0000012" / "integrity.json").unlink()
+    truncate(folder / "iter_0000012" / "__0_0.distcp")
+    Keeper(folder, XactConfig(keep_checkpoints=1), said)._look_after(12)
+    assert "iter_0000012, which has just been saved, is damaged: __0_0.distcp has" in said.getvalue()
+    assert saved_steps(folder) == [4, 8, 12] and not (folder / "iter_0000012" / "integrity.json").exists()
+
+
+def test_room_is_asked_for_before_the_steps_that_save(saved):
+    """save-interval is 4, and steps are counted before they are complete."""
+    counters = [Namespace(curr_iteration=step, save_interval=4, train_iters=14) for step in range(14)]
+    assert [at.curr_iteration + 1 for at in counters if _save_follows(at)] == [*saved_steps(saved.folder), 14]
 
 
 def test_training_goes_on_from_the_whole_one_to_the_same_losses(server, words, saved, tmp_path):

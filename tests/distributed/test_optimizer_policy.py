@@ -227,3 +227,5 @@ def test_goes_on_with_the_groups_that_loading_makes(results):
     for found in results:
         whole, resumed = found["reloaded"]
         assert whole == resumed and whole[0] != whole[-1]
+        for before, after in zip((0.7, 0.3), whole[0], strict=True):  # of what the third group is decayed by, half
+            assert abs((before - after) / (10 * 2e-2) - 0.05 * before) == pytest.approx(1.0, rel=1e-3)

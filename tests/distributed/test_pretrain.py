@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 import matplotlib.image
 import pytest
-from training import MARKS, SAVED, STEPS, TP2, Trainings, deviations, trainings
+from training import DISTRIBUTED, MARKS, SAVED, STEPS, TP2, VIRTUAL, Trainings, deviations, trainings
 
 from megatron_xact import cli
-from megatron_xact.pretraining import platform, report
-from megatron_xact.pretraining.checks import check_checkpoint
+from megatron_xact.pretraining import arguments, gpt, platform, report
+from megatron_xact.pretraining import config as config_file
+from megatron_xact.pretraining.checkpointing.folder import check_checkpoint
 
 pytestmark = MARKS
 
@@ -28,9 +30,11 @@ CURVES = [
     ("one@4 to pp2", "one", FP32),
     ("one@4 to tp2 pp2", "one", FP32),
     ("gated tp2", "gated", FP32),
+    ("biases recomputed tp2", "biases", FP32),  # a bias that comes out of a recomputed MLP
     ("bf16 tp2 dp2", "bf16", BF16),
 ]
-NAMES = {name for curve in CURVES for name in curve[:2]} | {"one's config.toml"}
+NAMES = {name for curve in CURVES for name in curve[:2]} | {"one's config.toml", "bf16 vp"}
+SPEC = ("--spec", "megatron_xact.layers.specs", "xielu")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,26 @@ def test_the_report_has_the_runs_own_numbers(runs):
     assert results.unigram_perplexity == pytest.approx(runs.data.unigram_perplexity)
 
 
+def test_what_is_asked_of_the_samples_reaches_megatrons_datasets(runs, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(**settings):
+        raise Asked(settings)
+
+    words = "--eod-mask-loss --reset-position-ids --reset-attention-mask --seed 7 --data-cache-path cache"
+    args = arguments.parse(config_file.load(runs.config).with_overrides(words.split()).arguments())
+    args.iteration, args.eval_global_batch_size, args.data_parallel_size = 0, 4, 1
+    monkeypatch.setattr(gpt, "get_args", lambda: args)
+    monkeypatch.setattr(gpt, "build_tokenizer", lambda args: None)
+    monkeypatch.setattr(gpt, "GPTDatasetConfig", asked)
+    with pytest.raises(Asked) as error:
+        gpt.datasets_provider((8, 4, 4))
+    settings = error.value.args[0]
+    assert settings["eod_mask_loss"] and settings["reset_position_ids"] and settings["reset_attention_mask"]
+    assert (settings["random_seed"], settings["sequence_length"], settings["path_to_cache"]) == (7, 32, "cache")
+
+
 def test_the_activation_announces_itself(runs):
     assert "> megatron-xact: xielu in every MLP" in runs["tp2"].output
     assert "gradient summed over 2 tensor-parallel ranks" in runs["tp2"].output
@@ -119,12 +143,30 @@ def test_the_activation_announces_itself(runs):
 @pytest.mark.parametrize("words, ranks, twin", [((), 1, "one"), (TP2, 2, "tp2")], ids=["one", "tp2"])
 def test_megatrons_own_program_trains_the_same_by_its_spec_argument(runs, capsys, words, ranks, twin):
     """--spec from upstream's pretrain_gpt.py: no config or monitor of ours, and the same losses bit for bit."""
-    assert cli.main(["pretrain", str(runs.config), "--print-args", *words]) == 0
-    arguments = shlex.split(capsys.readouterr().out)
-    for key, value in platform.missing_arguments(has_gpu=False, has_te=False).items():
-        arguments += [f"--{key}"] + ([] if value is True else [value])
-    run = runs.upstream(f"upstream-{twin}", "--spec", "megatron_xact.layers.specs", "xielu", *arguments, ranks=ranks)
+    run = runs.upstream(f"upstream-{twin}", *SPEC, *upstream_arguments(runs, capsys, *words), ranks=ranks)
     assert run.code == 0, run.output[-6000:]
     assert "> megatron-xact: xielu in every MLP" in run.output
     assert run.scalars("lm loss") == runs[twin].scalars("lm loss")
     assert len(run.scalars("lm loss")) == STEPS
+
+
+def test_in_bf16_with_virtual_stages_it_goes_on_by_its_spec_argument(runs, capsys):
+    """What a 16-bit run needs to be saved comes with the spec; here xact pretrain saves and --spec alone goes on."""
+    before = runs["bf16 vp"]
+    assert min(before.losses.values()) < math.log(512) - 0.1  # it does learn
+    words = ("--load", str(before.folder), "--ckpt-step", "8", "--bf16", *DISTRIBUTED, *VIRTUAL)
+    run = runs.upstream("upstream-bf16-vp", *SPEC, *upstream_arguments(runs, capsys, *words), ranks=2)
+    assert run.code == 0, run.output[-6000:]
+    losses = run.scalars("lm loss")
+    del losses[10]  # where Megatron averages the first two steps after a start
+    assert losses == {step: before.scalars("lm loss")[step] for step in (9, 11, 12)}
+    assert check_checkpoint(run.folder).name == f"iter_{STEPS:07d}"
+
+
+def upstream_arguments(runs, capsys, *words: str) -> list[str]:
+    """The config's, and these, as Megatron's own program takes them."""
+    assert cli.main(["pretrain", str(runs.config), "--print-args", *words]) == 0
+    arguments = shlex.split(capsys.readouterr().out)
+    for key, value in platform.missing_arguments(has_gpu=False, has_te=False).items():
+        arguments += [f"--{key}"] + ([] if value is True else [value])
+    return arguments

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.checkpoint import FileSystemReader
 from training import MARKS, SAVED, STEPS, Run, Trainings, deviations, trainings
 
-from megatron_xact.pretraining.checks import check_checkpoint
+from megatron_xact.pretraining.checkpointing.folder import check_checkpoint
 from megatron_xact.pretraining.config import load
 
 pytestmark = MARKS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from argparse import Namespace
@@ -51,9 +52,16 @@ def test_retention_keeps_the_newest_and_the_multiples(run, newest, keep, every, 
     assert {path.name for path in run.iterdir()} == {TRACKER, *map(name_of, kept)}
 
 
-def test_what_a_cut_off_deletion_left_is_no_checkpoint_and_goes_with_the_next(run):
-    (run / name_of(4)).rename(run / f"deleted-{name_of(4)}")
-    (run / f"deleted-{name_of(4)}" / ".metadata").unlink()
+def test_what_a_cut_off_deletion_left_is_no_checkpoint_and_goes_with_the_next(run, monkeypatch):
+    def cut_off(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.is_dir():
+            (folder / ".metadata").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", cut_off)
+        retention.sweep(run, 20, 4, 0)
+    assert not (run / f"deleted-{name_of(4)}" / ".metadata").exists()
     assert saved_steps(run) == list(STEPS[1:])
     retention.sweep(run, 20, 0, 0)
     assert not list(run.glob("deleted-*"))
@@ -62,8 +70,10 @@ def test_what_a_cut_off_deletion_left_is_no_checkpoint_and_goes_with_the_next(ru
 def test_what_was_set_aside_goes_once_the_run_has_come_as_far(run):
     assert retention.tidy(run, 12) and saved_steps(run) == [4, 8, 12] and (run / TRACKER).read_text() == "12"
     shutil.copytree(run / name_of(12), run / name_of(16))
+    (run / "superseded-iter_0000016.mine").mkdir()  # someone's own copy
     retention.sweep(run, 16, 0, 0)
-    assert {path.name for path in run.glob("superseded-*")} == {"superseded-iter_0000020"}
+    left = {"superseded-iter_0000016.mine", "superseded-iter_0000020"}
+    assert {path.name for path in run.glob("superseded-*")} == left
 
 
 def test_every_file_has_its_checksum_and_any_other_bit_is_found(run):
@@ -105,12 +115,31 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "4"
 
 
+def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """A crash could otherwise leave the name, and nothing behind it."""
+    on_disk, fsync, replace = set(), os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk.add((os.fstat(number).st_ino, os.fstat(number).st_size))
+
+    def renamed(source: Path, target: Path) -> None:
+        assert (source.stat().st_ino, source.stat().st_size) in on_disk
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "tracker", "1200")
+    assert (tmp_path / "tracker").read_text() == "1200" and len(on_disk) == 1
+
+
 def test_room(run):
     size = sum(path.stat().st_size for path in (run / name_of(20)).iterdir())
     assert space.size_of_newest(run) == size
     (run / name_of(20) / "metadata.json").unlink()
     assert damage(run / name_of(20)) and space.size_of_newest(run) == size  # that of step 16, as large
     assert space.shortage(run, size) is None
+    assert "free, and a checkpoint takes" in space.shortage(run, 2 * shutil.disk_usage(run).free)
     assert "free, and a checkpoint takes" in space.shortage(run / "not" / "there", 10**18)
 
 

@@ -1,6 +1,7 @@
 """The TOML config: what reaches Megatron's own parser, what is refused and how, and that it round-trips."""
 
 import argparse
+import os
 import re
 import shutil
 import tomllib
@@ -13,8 +14,9 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_xact import activations
 from megatron_xact.pretraining import arguments
-from megatron_xact.pretraining.checks import check_checkpoint
-from megatron_xact.pretraining.config import RunConfig, load, validate
+from megatron_xact.pretraining.checkpointing.folder import check_checkpoint
+from megatron_xact.pretraining.checks import validate
+from megatron_xact.pretraining.config import RunConfig, load
 
 CONFIGS = [
     path for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.toml")) if path.parent.name != "studies"
@@ -327,6 +329,7 @@ def test_every_shipped_config_loads(path):
             4,
             "pipeline-model-parallel-size = 4 must divide num-layers = 2",
         ),
+        (["--context-parallel-size", "2", "--seq-length", "30"], 2, "context-parallel-size = 4 must divide seq-length"),
         (["--global-batch-size", "6"], 2, "global-batch-size = 6 must be a multiple of .* 2 x 2 = 4"),
         (["--seq-length", "64"], 1, "max-position-embeddings = 32 must be at least seq-length = 64"),
         (["--tensor-model-parallel-size", "0"], 1, "tensor-model-parallel-size = 0 must be at least 1"),
@@ -470,6 +473,10 @@ def test_a_useless_tracker_stops_those_who_want_one_checkpoint_but_no_run(saved,
             lambda c: (c / "__0_0.distcp").open("r+b").truncate(2000),
             "damaged: __0_0.distcp has 2000 of at least",
         ),
+        (  # of the last tensor in it
+            lambda c: os.truncate(c / "__0_0.distcp", (c / "__0_0.distcp").stat().st_size - 1),
+            r"damaged: __0_0.distcp has \d+ of at least",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_told_before_training(saved, tiny, damage, message):
@@ -561,6 +568,8 @@ NEEDS_TE = "needs TransformerEngine's layer, and this run has the local one (tra
         (["--use-megatron-fsdp"], "use-megatron-fsdp is not supported: alphas"),
         (["--use-torch-fsdp2"], "engine = 'deepspeed' in [xact] with zero-stage = 3 in [deepspeed] the parameters too"),
         (["--ckpt-format", "torch"], "ckpt-format = 'torch' is not supported: such a run cannot be resumed"),
+        (["--cuda-graph-impl", "full_iteration"], "'full_iteration' is not supported: what is done between"),
+        (["--enable-cuda-graph", "--cuda-graph-scope", "full_iteration"], "use 'local' or 'transformer_engine'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -568,6 +577,12 @@ def test_what_the_layers_and_the_trainer_do_not_cover_is_told_before_a_start(tin
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         validate(tiny.with_overrides(["--transformer-impl", "local", *words]), 2 if words[-1] == "2" else 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_graph_of_the_optimizer_would_keep_the_alphas_first_learning_rate(tiny):
+    validate(tiny.with_overrides(["--optimizer-cuda-graph"]), 1)
+    with pytest.raises(ValueError, match="lr-mult and weight-decay in .* do not go with optimizer-cuda-graph"):
+        validate(tiny.with_overrides(["--optimizer-cuda-graph"], ["activation.lr-mult=2.0"]), 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA graphs here")

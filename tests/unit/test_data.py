@@ -24,6 +24,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_xact.pretraining.data import cli, corpus, documents, hub, manifest
+from megatron_xact.pretraining.data import tokenizer as bpe
 from megatron_xact.pretraining.data.preprocess import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,20 @@ def test_tokens_are_those_of_transformers_plus_eod(prepared: manifest.DataManife
         assert reference.pad_token_id not in document
     decoded = Counter(reference.decode(document[:-1]) for document in train + validation)
     assert decoded == Counter(TEXTS)
+
+
+def test_the_tokenizer_is_trained_on_the_train_split_alone(prepared: manifest.DataManifest, tmp_path: Path) -> None:
+    own = PreTrainedTokenizerFast.from_pretrained(prepared.tokenizer)
+    train, validation = (
+        [own.decode(document[:-1]) for document in documents_of(prefix)]
+        for prefix in (prepared.train_prefix, prepared.validation_prefix)
+    )
+    for name, texts in (("train", train), ("all", train + validation)):
+        bpe.train(texts, VOCAB_SIZE, tmp_path / name)
+    ours, alone, leaked = (
+        (folder / "tokenizer.json").read_text() for folder in (prepared.tokenizer, tmp_path / "train", tmp_path / "all")
+    )
+    assert ours == alone != leaked
 
 
 def test_megatron_loads_the_tokenizer_and_the_data(prepared: manifest.DataManifest) -> None:
@@ -222,9 +237,16 @@ def test_a_missing_package_is_named_with_its_extra(
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     spec = {"datasets": "some-org/some-set", "pyarrow": str(tmp_path / "rows.parquet")}[package]
     with pytest.raises(
-        ValueError, match=rf"needs the package `{package}`: pip install 'megatron-xact\[data\]'"
+        ValueError, match=rf'needs the package `{package}`: pip install -e "\.\[data\]" in the repository'
     ):
         next(corpus.open_source(spec).read(None))
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path: Path) -> None:
+    for name in (b"a.txt", b"\xff.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("some text")
+    records = [record for record, _ in corpus.open_source(str(tmp_path)).read(None)]
+    assert [record.content for record in records] == ["some text"] * 2
 
 
 def test_split_is_by_content() -> None:
@@ -368,6 +390,12 @@ def test_messy_folders_and_single_files(tmp_path: Path) -> None:
     (tmp_path / "line.txt").write_text(endless)
     pieces = texts_of(corpus.open_source(str(tmp_path / "line.txt")))
     assert "".join(pieces) == endless and len(pieces) > 4
+
+
+def test_files_are_read_in_an_order_drawn_by_the_seed(sources: dict[str, Path]) -> None:
+    """So that a limit takes a fair sample of a folder, not its first files by name."""
+    first, again, other = (texts_of(corpus.open_source(str(sources["folder"]), seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other and Counter(first) == Counter(other) == Counter(TEXTS)
 
 
 def test_stdlib_source() -> None:

@@ -110,7 +110,7 @@ def test_ranks_without_data_get_none(installed, dataset: BlendedDataset, monkeyp
 
 def test_without_the_package_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # how Python marks a module that cannot be imported
-    with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install 'megatron-xact\[dali\]'") as caught:
+    with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install -e \"\.\[dali\]\"") as caught:
         dali.loaders([None, None, None], Namespace())
     assert "\n" not in str(caught.value)
 

@@ -198,6 +198,32 @@ def test_kill_9_at_random_moments(program: Callable, undisturbed: Path, tmp_path
     assert_equal(out, undisturbed)
 
 
+def test_the_journal_speaks_of_what_is_on_the_disk(
+    corpus_folder: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses power keeps no more."""
+    monkeypatch.setattr(workers, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(encoding, "JOURNAL_INTERVAL", 0.0)
+    on_disk, spoken, fsync, save = {}, [], os.fsync, building.save
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    def saved(folder: Path, state: building.State) -> None:
+        for prefix, totals in ((manifest.TRAIN, state.train), (manifest.VALIDATION, state.validation)):
+            for suffix, size in ((".bin", 2 * totals.tokens), (".lengths", 4 * totals.documents)):
+                if size:
+                    assert on_disk[(folder / f"{prefix}{suffix}").stat().st_ino] >= size
+                    spoken.append(size)
+        save(folder, state)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(building, "save", saved)
+    prepare(tmp_path / "out", str(corpus_folder / "plain.jsonl"), tokenizer=tokenizer, num_workers=1)
+    assert len(spoken) > 10
+
+
 def test_ctrl_c_and_go_on(program: Callable, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process, _ = program(out, 2)
@@ -236,6 +262,8 @@ def test_stopped_while_moving_into_place(
             raise KeyboardInterrupt
         replace(source, target)
 
+    out.mkdir()
+    (out / manifest.NAME).write_text("{}")  # of the data that are replaced
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "replace", stopping)
         prepare(out, str(corpus_folder), tokenizer=tokenizer)

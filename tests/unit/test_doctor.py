@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import torch
 
 from megatron_xact import activations
+from megatron_xact.doctor import OLDEST
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -144,3 +146,13 @@ def test_a_megatron_without_its_trainer_blocks(tmp_path):
     assert not result["can_train"]
     assert checks["megatron-core"]["status"] == "blocking" and "0.16.1" in checks["megatron-core"]["detail"]
     assert "megatron-core>=0.19" in checks["megatron-core"]["advice"]
+
+
+def test_what_pyproject_requires_is_looked_for_in_the_version_it_requires(tmp_path):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = dict((*need.split(">="), "")[:2] for need in project["dependencies"])
+    assert {name: ".".join(map(str, version)) for name, version in OLDEST.items()} == wanted
+    old = {"transformers-4.40.dist-info/METADATA": "Name: transformers\nVersion: 4.40\n"}
+    result, checks, _ = report(package(tmp_path, old))
+    assert not result["can_train"] and checks["transformers"]["detail"] == "4.40"
+    assert checks["transformers"]["advice"] == 'pip install --upgrade "transformers>=4.56"'

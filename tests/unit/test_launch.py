@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_xact.pretraining import exits, failures, signals, status
+from megatron_xact.pretraining import exits, failures, signals, status, supervisor
 from megatron_xact.pretraining.launchers import Launcher, Plan, adopt_slurm_rank
 from megatron_xact.pretraining.nodes import Nodes
 from megatron_xact.pretraining.status import FLAG, Status
 from megatron_xact.pretraining.supervisor import Restarts, Supervisor
-from megatron_xact.pretraining.watchdog import position, verdict
+from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog, position, verdict
 
 ROOT = Path(__file__).parents[2]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -199,6 +200,37 @@ def test_the_position_is_of_the_innermost_call_and_knows_a_collective():
     assert position(names["reduce"]()) == ("reduce (distributed/c.py, line 2)", True)
 
 
+def test_what_is_slow_by_nature_may_take_longer():
+    watchdog = Watchdog(None, 0, 1, 10.0, sys.stderr)
+
+    def save_checkpoint() -> float:
+        return watchdog._allowed()
+
+    assert watchdog._allowed() == 10.0 * PATIENCE > 10.0  # the first step
+    watchdog.progress(step=1)
+    assert watchdog._allowed() == 10.0
+    assert save_checkpoint() == 10.0 * PATIENCE
+
+
+HUNG = """
+import sys, time
+from pathlib import Path
+from megatron_xact.pretraining.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, 1, 0.5, sys.stderr) as watchdog:
+    watchdog.progress(step=1)
+    time.sleep(30)
+"""
+
+
+def test_a_hang_ends_also_where_its_stacks_cannot_be_written(tmp_path):
+    (tmp_path / "logs" / "stacks-rank0.txt").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "XACT_ATTEMPT"}
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == exits.HANG and "rank 0, no progress for" in done.stderr
+
+
 # What is done about it
 
 
@@ -242,15 +274,27 @@ def test_restarts_are_bounded_between_checkpoints(supervised, capsys):
         ({"kind": "replicas"}, {}, exits.REPLICAS),
         ({"kind": "error"}, {}, exits.FAILED),
         ({"kind": "user"}, {}, exits.USER_ERROR),
+        ({"kind": "nan", "signal": "SIGUSR1"}, {}, exits.NAN),  # it would come again after a requeue
+        ({"kind": "replicas", "signal": "SIGUSR1"}, {}, exits.REPLICAS),
     ],
 )
 def test_what_follows_a_failure(tmp_path, how, setting, code):
+    """The other rank gets a SIGTERM, which is torchrun's or srun's, not the scheduler's."""
     plan = replace(Plan([], str(tmp_path), per_node=2), **setting)
     folder = status.folder_of(tmp_path)
     folder.mkdir(parents=True)
-    for entry in ranks(how, BROKEN).values():
+    for entry in ranks(how, {**BROKEN, "signal": "SIGTERM"}).values():
         entry.write(folder)
     assert Supervisor(plan, Launcher(), Nodes(tmp_path, 0, 1))._decide("a", 1) == code
+
+
+@pytest.mark.parametrize("first, told", [({"kind": "user", "reason": "no such file"}, ""), ({}, "rank 2 on n2, ")])
+def test_what_only_other_ranks_lack_is_told_by_the_launcher(supervised, capsys, first, told):
+    """Rank 0 tells its own errors itself."""
+    _, decide = supervised
+    assert decide(ranks(first, {}, {"kind": "user", "reason": "no such file"}, {})) == exits.USER_ERROR
+    err = capsys.readouterr().err
+    assert told in err and (err == "") == (told == "") and err.count("no such file") == bool(told)
 
 
 # What rank 1 does; rank 0 ends well.
@@ -275,8 +319,90 @@ def test_without_a_folder_the_ranks_exit_code_must_do(how, tmp_path, capsys, mon
     assert capsys.readouterr().err.startswith("xact: error: a rank failed, see what it said; with save in [checkpoint]")
 
 
+def test_a_run_folder_that_cannot_be_made_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["supervisor", Plan([], str(tmp_path / "file" / "run"), nodes=2).dump()])
+    with signals.remembering():
+        assert supervisor.main() == exits.FAILED
+    told = capsys.readouterr().err
+    assert told.startswith("xact: error: ") and str(tmp_path / "file") in told and told.count("\n") == 1
+
+
+def test_a_folder_in_which_a_run_is_at_work_takes_no_second_one(tmp_path):
+    """Else both would save, and tidy away, one another's checkpoints."""
+    plan = Plan([], str(tmp_path), 1, 2)
+    words = [sys.executable, "-m", "megatron_xact.pretraining.supervisor", plan.dump()]
+    first = subprocess.Popen(["sleep", "60"], env={**os.environ, "XACT_ATTEMPT": "abc"})
+    try:
+        status.folder_of(tmp_path).mkdir(parents=True)
+        Status("abc", 1, status.host_name(), first.pid, 3, 40).write(status.folder_of(tmp_path))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == exits.USER_ERROR
+        assert f"rank 1 on {status.host_name()} (process {first.pid}), at step 40; wait" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and os.listdir(tmp_path) == ["logs"]
+    finally:
+        first.kill()
+        first.wait()
+    assert status.at_work(tmp_path) is None  # killed, and without a last word
+
+
+def test_a_run_on_another_host_is_at_work_if_it_beats(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(status, "SLOWEST_BEAT", 1.0)
+    folder = status.folder_of(tmp_path)
+    folder.mkdir(parents=True)
+    rank = Status("abc", 0, "elsewhere", 1, 3, 40, time.time())
+    rank.write(folder)
+    assert status.at_work(tmp_path) is None
+    assert "whether rank 0 on elsewhere" in capsys.readouterr().err
+    threading.Timer(0.7, lambda: replace(rank, beat=4).write(folder)).start()
+    assert status.at_work(tmp_path).beat == 4
+    capsys.readouterr()
+    replace(rank, kind="done").write(folder)
+    assert status.at_work(tmp_path) is None and not capsys.readouterr().err
+
+
+class Sleeping(Launcher):
+    """Starts a process that ends by a signal, or after half a minute."""
+
+    def command(self, plan: Plan, attempt: str) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, "-c", "import time; time.sleep(30)"], {}
+
+
+def test_a_signal_that_came_before_the_ranks_were_started_ends_them_too():
+    with signals.remembering():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        signals.heed()
+        assert Supervisor(Plan([], None), Sleeping(), Nodes(None, 0, 1))._attempt("a") == -signal.SIGTERM
+
+
+COUNTING = """
+import signal, sys, time
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+print("ready", flush=True)
+while not signals:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(100 + len(signals))
+"""
+
+
+def test_a_signal_is_passed_on_once():
+    supervisor = Supervisor(Plan([], None), Launcher(), Nodes(None, 0, 1))
+    supervisor._child = subprocess.Popen([sys.executable, "-c", COUNTING], stdout=subprocess.PIPE)
+    with signals.remembering(), supervisor._child as child:
+        child.stdout.readline()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.pthread_kill(threading.get_ident(), number)
+            supervisor._pass_on()
+            time.sleep(0.1)
+    assert child.returncode == 101
+
+
 def test_torchruns_exit_code_does_not_matter_where_all_ranks_ended_well(supervised):
     _, decide = supervised
+    assert decide(ranks(DONE, DONE, DONE), returned=1) is None  # the fourth never began
     assert decide(ranks(DONE, DONE, DONE, DONE), returned=1) == exits.FINISHED
 
 
@@ -366,7 +492,9 @@ def test_the_commands(monkeypatch):
     words, added = Launcher(python="py").command(plan, "a1")
     assert words[:3] == ["py", "-m", "megatron_xact.pretraining.agent"] and words[-5:] == rank and added == {}
     assert "--standalone" in words and words[words.index("--nproc-per-node") + 1] == "8"
-    assert "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in words and "--shutdown-timeout" in words
+    assert "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in words
+    assert int(words[words.index("--shutdown-timeout") + 1]) >= 300  # a checkpoint takes longer than torchrun's 30 s
+    assert words[words.index("--max-restarts") + 1] == "0"  # restarts are the supervisor's to count and to tell
     plan.nodes = 4
     words, _ = Launcher(rendezvous="h:1", python="py").command(plan, "a1")
     assert words[3:11] == ["--nnodes", "4", "--rdzv-backend", "c10d", "--rdzv-id", "a1", "--rdzv-endpoint", "h:1"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,6 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.config.yaml_utils import safe_yaml_representers
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_xact import activations
@@ -273,21 +275,28 @@ def test_megatrons_kernel_is_the_one_for_main_grads_dtype(monkeypatch):
 
 # --- specs ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", activations.names())
-def test_megatron_finds_the_spec_of_every_activation(name):
+def test_megatron_finds_the_spec_of_every_activation(groups, name):
     found = import_module(("megatron_xact.layers.specs", name))
-    assert callable(found)
-    assert found.keywords["activation"] == activations.get(name)
+    block = found(gpt(config(gated_linear_unit=activations.get(name).gated)))
+    assert block.layer_specs[0].submodules.mlp.keywords["activation"] == activations.get(name)
 
 
 def test_megatron_finds_a_spec_in_a_process_that_never_heard_of_us():
     program = (
         "from megatron.core.transformer.spec_utils import import_module\n"
         "found = import_module(('megatron_xact.layers.specs', 'xielu'))\n"
-        "print(found.keywords['activation'].name)"
+        "print(found.__module__, found.__qualname__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "xielu"
+    assert done.stdout.splitlines()[-1] == "megatron_xact.layers.specs xielu"
+
+
+def test_a_config_saved_by_name_finds_the_spec_again():
+    """As Megatron's representers for YAML, which Megatron-Bridge uses, write it: as a function by its name."""
+    with safe_yaml_representers():
+        written = yaml.safe_load(yaml.safe_dump(specs.xielu))
+    assert written == {"_target_": "megatron_xact.layers.specs.xielu", "_call_": False}
 
 
 def test_a_spec_says_that_it_is_in(groups, capsys):

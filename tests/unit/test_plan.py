@@ -13,7 +13,7 @@ import pytest
 
 from megatron_xact import cli
 from megatron_xact.pretraining import checks
-from megatron_xact.pretraining.config import load
+from megatron_xact.pretraining.config import RunConfig, load
 from megatron_xact.pretraining.planning import costs, job, legality, memory, report, search
 from megatron_xact.pretraining.planning.counts import (
     Shape,
@@ -31,6 +31,11 @@ LLAMA = Shape(2, 8, 24, 2, 32, 16, activation_parameters=2)
 
 def planned(path: Path, words: str = "", gpus: int = 8, sets: tuple = ()) -> job.Job:
     return job.read(load(path).with_overrides(shlex.split(words), sets), gpus, 8)
+
+
+def without_vocabulary() -> RunConfig:
+    config = load(BIG)
+    return replace(config, megatron={key: v for key, v in config.megatron.items() if key != "padded-vocab-size"})
 
 
 def plan(capsys, *words: str) -> tuple[int, str, str]:
@@ -127,6 +132,10 @@ def test_without_the_distributed_optimizer_every_gpu_holds_all_states():
     fp32 = planned(ROOT / "configs/small/10m.toml")
     found, count = memory.of_stage(fp32, 0), sum(parameters(fp32.shape).values())
     assert (found.weights, found.gradients, found.optimizer) == (4 * count, 4 * count, 8 * count)
+    # torch's AdamW, without TransformerEngine: square roots of all second moments, when activations are gone.
+    words = "--transformer-impl local --micro-batch-size 1 --seq-length 8"
+    short = memory.of_stage(planned(ROOT / "configs/small/10m.toml", words), 0)
+    assert short.activations + short.ends + short.passing == pytest.approx(4 * count)
 
 
 def test_micro_batches_in_flight():
@@ -172,9 +181,12 @@ def test_time_traffic_and_disk_by_hand():
     assert {name: part.link for name, part in sent.items()} == {
         "data": "network", "tensor": "NVLink", "pipeline": "network"
     }  # fmt: skip
+    for gpus, link in ((8, "NVLink"), (16, "network")):  # 4 and 8 data-parallel ranks, every second GPU
+        two = costs.traffic(planned(BIG, "--tensor-model-parallel-size 2", gpus=gpus), gpu)
+        assert [part.link for part in two if part.name == "data"] == [link]
     disk = costs.checkpoints(run)
     assert disk.bytes == pytest.approx(14 * sum(parameters(run.shape).values()), rel=1e-6)
-    assert disk.kept == 6  # 10, 20, 30, 40 and 50 thousand, and the last but one
+    assert disk.kept == 6 and disk.disk == 7 * disk.bytes  # 10, 20, 30, 40 and 50 thousand, the last but one; a next
     assert costs.checkpoints(planned(BIG, sets=("xact.keep-checkpoints=0",))).kept == 100
 
 
@@ -245,6 +257,13 @@ def test_what_it_does_not_know_it_refuses(capsys, flags, said):
     assert code == 2 and err.startswith(f"xact: error: {said}") and len(err.splitlines()) == 1, err
 
 
+def test_the_vocabulary_is_padded_as_megatron_pads_it():
+    for tensor_parallel, rows in ((1, 1152), (2, 1280)):
+        words = f"--vocab-size 1100 --tensor-model-parallel-size {tensor_parallel}"
+        run = job.describe(without_vocabulary().with_overrides(words.split()))
+        assert job.with_layout(without_vocabulary(), run, 8, 8).shape.vocab == rows
+
+
 def test_a_vocabulary_that_nobody_states_is_asked_for(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = plan(capsys, ROOT / "configs/quickstart.toml", "--gpus-per-node", "2")
@@ -296,6 +315,11 @@ def test_the_report_says_the_numbers_of_the_json(capsys):
     assert "35% of 989 TFLOP/s" in text and f"{said['time']['gpu_hours']:,.0f} GPU-hours" in text
     assert {part["name"] for part in said["traffic"]} == {"data", "tensor", "pipeline"}
     assert max(map(len, text.splitlines())) <= 160
+
+
+def test_a_warm_up_can_be_a_share_of_the_decay():
+    run = planned(BIG, "--lr-warmup-fraction 0.1 --lr-decay-iters 40000")
+    assert report.phases(run)[0] == ("warm-up", 4000)
 
 
 def test_likely_mistakes_are_pointed_out():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import matplotlib.image
@@ -18,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_xact import activations, cli
 from megatron_xact.pretraining import config, drawing, plot, report
+from megatron_xact.pretraining import run as run_module
+from megatron_xact.pretraining.data.preprocess import prepare
 from megatron_xact.pretraining.statistics import NEAR_ZERO, STATISTICS
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +95,14 @@ def test_a_resumed_run_writes_on_behind_half_a_line(run):
     assert report.read(run).loss[-3:] == [(40, 3.0), (45, 2.9), (50, 2.8)]
 
 
+def test_a_record_that_cannot_be_written_is_told_and_training_goes_on(tmp_path):
+    from megatron_xact.pretraining.monitor import Monitor
+
+    terminal = io.StringIO()
+    Monitor(tmp_path / "gone", terminal, 0, 0)._append("progress.jsonl", progress(1, 2.0))
+    assert terminal.getvalue().startswith(f"xact: cannot write {tmp_path / 'gone' / 'progress.jsonl'}: there is no ")
+
+
 def test_what_a_resumed_run_has_left_behind_does_not_count(tmp_path):
     """From step 20 on, recorded at other steps than before: 30 and 40 are of a past that was undone."""
     steps = [10, 20, 30, 40, 25, 35]
@@ -150,6 +162,16 @@ def test_perplexities_are_those_of_the_losses(run):
     assert "unigram" not in report.summary(report.read(run))
     (run / "report.json").write_text(json.dumps(report.figures(results)))
     assert report.read(run).unigram_perplexity == pytest.approx(50)  # as the finished run has measured it
+
+
+def test_the_unigram_model_is_that_of_the_only_validation_set(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number. " * 20)
+    made = prepare(tmp_path / "data", str(tmp_path / "text"), vocab_size=260)
+    monkeypatch.chdir(tmp_path / "data")  # where the weight of a blend, taken for a path, would lie
+    for paths, loss in (([str(made.validation_prefix)], made.unigram_nats), (["0.7", "a", "0.3", "b"], None)):
+        assert run_module._unigram_loss(Namespace(valid_data_path=paths)) == loss
 
 
 def test_the_figures_are_the_last_ones_and_are_json(run):

@@ -19,10 +19,10 @@ def name_of(step: int) -> str:
     return f"iter_{step:07d}"
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that have an iter_* folder, whole or not, in rising order."""
-    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.glob("iter_*") if path.is_dir())
-    return sorted(int(match[1]) for match in found if match)
+def saved_steps(folder: Path, prefix: str = "") -> list[int]:
+    """The steps that have an iter_* folder (or with a `prefix` before that), whole or not, in rising order."""
+    names = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}iter_*") if path.is_dir())
+    return sorted(int(match[1]) for match in map(re.compile(r"iter_(\d{7,})").fullmatch, names) if match)
 
 
 def tracked(folder: Path) -> int | str | None:

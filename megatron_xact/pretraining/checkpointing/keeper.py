@@ -81,7 +81,7 @@ class Keeper:
             if self.settings.checksums and not checksums.are_there(checkpoint) and (checkpoint / ".metadata").is_file():
                 checksums.write(checkpoint)
             retention.sweep(self.folder, step, self.settings.keep_checkpoints, self.settings.keep_every)
-        except OSError as error:  # training need not end for it
+        except (OSError, ValueError) as error:  # training need not end for it
             self._tell(f"looking after the checkpoints in {self.folder} failed: {why_not(error)}")
 
     def _require_room(self) -> None:

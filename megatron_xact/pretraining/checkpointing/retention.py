@@ -36,9 +36,9 @@ def sweep(folder: Path, newest: int, keep: int, every: int) -> list[int]:
     """
     for leftover in folder.glob(f"{_DELETED}iter_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path in folder.glob(f"{_SUPERSEDED}iter_*"):
-        if int(path.name.rpartition("_")[2]) <= newest:
-            shutil.rmtree(path, ignore_errors=True)
+    for step in saved_steps(folder, _SUPERSEDED):
+        if step <= newest:
+            shutil.rmtree(folder / f"{_SUPERSEDED}{name_of(step)}", ignore_errors=True)
     gone = expendable(saved_steps(folder), newest, keep, every)
     for step in gone:
         _remove(folder / name_of(step))

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import time
 
 PREPARE = """\
@@ -147,7 +148,7 @@ def _prepare(args: argparse.Namespace) -> int:
         fresh=args.fresh,
     )
     print(made.summary())
-    print("  Megatron   " + " ".join(made.megatron_arguments()))
+    print("  Megatron   " + shlex.join(made.megatron_arguments()))
     if not made.reused:
         print(f"  took       {time.monotonic() - start:.0f} s")
     return 0

@@ -127,9 +127,7 @@ def _files_source(
     for file in files:
         status = file.stat()
         sizes[file] = status.st_size
-        digest.update(
-            f"{file.relative_to(root).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
-        )
+        digest.update(os.fsencode(f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     order = list(files)
     random.Random(seed).shuffle(order)
 

@@ -19,7 +19,7 @@ from megatron.core import mpu
 from torch import Tensor
 from torch.utils.data import Dataset
 
-EXTRA = "pip install 'megatron-xact[dali]'"
+from megatron_xact.installed import extra
 
 
 def loaders(datasets: Sequence[Dataset | None], args: Namespace) -> list[DaliLoader | None]:
@@ -120,5 +120,5 @@ def _dali():
     try:
         from nvidia.dali import Pipeline, fn
     except ImportError as error:
-        raise ImportError(f'loader = "dali" needs NVIDIA DALI: {EXTRA} ({error})') from None
+        raise ImportError(f'loader = "dali" needs NVIDIA DALI: {extra("dali")} ({error})') from None
     return fn, Pipeline

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_xact.installed import extra
 from megatron_xact.pretraining.data.documents import Record, text_of_row
 
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"  # org/name
-EXTRA = "pip install 'megatron-xact[data]'"
+EXTRA = extra("data")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

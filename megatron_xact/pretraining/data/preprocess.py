@@ -125,8 +125,7 @@ def _settings(
 
 def _default_workers(source: corpus.Source, max_bytes: int | None) -> int:
     known = [size for size in (source.num_bytes, max_bytes) if size is not None]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *(size // WORTH_A_WORKER for size in known)]))
+    return max(1, min([len(os.sched_getaffinity(0)), *(size // WORTH_A_WORKER for size in known)]))
 
 
 def _reusable(out: Path, settings: dict[str, object]) -> DataManifest | None:

@@ -1,4 +1,4 @@
-"""Progress over bytes: a tqdm bar on a terminal, one plain line per interval anywhere else (a log, SLURM)."""
+"""Progress over bytes or tokens: a tqdm bar on a terminal, a plain line per interval anywhere else (a log, SLURM)."""
 
 import sys
 import time
@@ -10,42 +10,45 @@ LINE_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """`with Progress("encode", total) as progress: progress.update(n)`; `total` in bytes, None if unknown.
+    """`with Progress("encode", total) as progress: progress.update(n)`; `total` in `unit`s, None if unknown.
 
-    `done`: bytes of an earlier run, which count as done but not for the speed.
+    `done`: those of an earlier run, which count as done but not for the speed.
     """
 
-    def __init__(self, what: str, total: int | None, done: int = 0) -> None:
-        self.what, self.total = what, total
+    def __init__(self, what: str, total: int | None, done: int = 0, unit: str = "B") -> None:
+        self.what, self.total, self.unit = what, total, unit
         self.done = self.done_before = done
         self.detail = ""
         self.started = self.last_line = time.monotonic()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True) if terminal else None
+        self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True) if terminal else None
 
-    def update(self, num_bytes: int, total: int | None = None, detail: str = "") -> None:
+    def update(self, more: int, total: int | None = None, detail: str = "") -> None:
         """`total`: a better estimate of it, if there is one. `detail`: what to say besides."""
-        self.done += num_bytes
+        self.done += more
         self.total = total or self.total
         self.detail = detail
         if self.bar is not None:
             self.bar.total = self.total
             self.bar.set_postfix_str(detail, refresh=False)
-            self.bar.update(num_bytes)
+            self.bar.update(more)
         elif time.monotonic() - self.last_line >= LINE_INTERVAL:
             self.last_line = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
         speed = (self.done - self.done_before) / max(time.monotonic() - self.started, 1e-9)
-        text = f"{self.what}: {self.done / 1e6:.1f} MB, {speed / 1e6:.2f} MB/s"
+        text = f"{self.what}: {self._size(self.done)}, {self._size(speed)}/s"
         if self.detail:
             text += f", {self.detail}"
         if self.total and speed > 0:
             seconds = max(self.total - self.done, 0) / speed
             share = min(self.done / self.total, 1.0)
-            text += f", {share:.0%} of {self.total / 1e6:.1f} MB, ETA {seconds:.0f} s"
+            text += f", {share:.0%} of {self._size(self.total)}, ETA {seconds:.0f} s"
         return text
+
+    def _size(self, number: float) -> str:
+        return tqdm.format_sizeof(number, self.unit)
 
     def __enter__(self) -> "Progress":
         return self

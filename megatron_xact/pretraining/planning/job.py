@@ -7,7 +7,7 @@ are those of `checks`, which `xact pretrain` applies too, and the few that only 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_xact.pretraining import arguments, checks
@@ -110,11 +110,11 @@ def describe(config: RunConfig) -> Namespace:
     args = arguments.parse(config.arguments())
     if args.skip_train:
         raise ValueError("skip-train leaves nothing to plan")
-    checks._required(args)
-    checks._schedule(args)
-    checks._model(args, num_query_groups_given="num-query-groups" in config.megatron)
+    checks.required(args)
+    checks.schedule(args)
+    checks.model(args, num_query_groups_given="num-query-groups" in config.megatron)
     if config.xact.engine == "megatron":
-        checks._optimizer(args, config.activation)
+        checks.optimizer(args, config.activation)
     for name, words in NOT_PLANNED.items():
         if getattr(args, name) not in (None, False, 0):
             raise ValueError(f"{words} ({name.replace('_', '-')}) is not planned here: the numbers would be wrong")
@@ -126,7 +126,7 @@ def describe(config: RunConfig) -> Namespace:
 
 def with_layout(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int) -> Job:
     """The job, its layout found legal. ValueError: what does not divide."""
-    checks._parallel(args, gpus)
+    checks.parallel(args, gpus)
     return Job(config, args, _shape(config, args), _layout(args, gpus, gpus_per_node))
 
 
@@ -135,7 +135,7 @@ def _shape(config: RunConfig, args: Namespace) -> Shape:
     return Shape(
         layers=args.num_layers,
         hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size or _default_ffn(args),
+        ffn=checks.ffn_size(args),
         heads=args.num_attention_heads,
         vocab=_padded_vocabulary(args),
         sequence=args.seq_length,
@@ -150,11 +150,6 @@ def _shape(config: RunConfig, args: Namespace) -> Shape:
         qkv_bias=args.add_qkv_bias,
         positions=args.max_position_embeddings if learned_positions else 0,
     )
-
-
-def _default_ffn(args: Namespace) -> int:
-    """Megatron's: four times the hidden size, two thirds of that, in multiples of 64, for a gated MLP."""
-    return int((4 * args.hidden_size * 2 / 3) / 64) * 64 if args.swiglu else 4 * args.hidden_size
 
 
 def _padded_vocabulary(args: Namespace) -> int:
@@ -172,7 +167,7 @@ def _padded_vocabulary(args: Namespace) -> int:
 
 
 def _vocabulary_of_data(args: Namespace) -> int | None:
-    for prefix in checks._prefixes(args.train_data_path or args.data_path or []):
+    for prefix in checks.prefixes(args.train_data_path or args.data_path or []):
         if (Path(prefix).parent / manifest.NAME).is_file():
             return manifest.load(Path(prefix).parent).vocab_size
     return None
@@ -201,7 +196,7 @@ def _layout(args: Namespace, gpus: int, gpus_per_node: int) -> Layout:
         batch=args.global_batch_size or 0,
     )
     if layout.batch == 0:
-        return Layout(**(vars(layout) | {"batch": layout.micro_batch * layout.data}))  # Megatron's default
+        return replace(layout, batch=layout.micro_batch * layout.data)  # Megatron's default
     if layout.virtual > 1 and layout.micro_batches % pipeline:
         raise ValueError(
             f"virtual pipeline stages need a number of micro-batches, here {layout.micro_batches}, that "
