@@ -51,6 +51,8 @@ WITH_TE = (
     Feature("softmax-type", ("softmax_type",), "leave it out", off=(None, "vanilla")),
     Feature("reset-attention-mask", ("reset_attention_mask",), _FULL),
     Feature("tp-comm-overlap", ("tp_comm_overlap",), "leave it out"),
+    Feature("cpu-offloading-num-layers", ("cpu_offloading_num_layers",), "use recompute-granularity to save memory",
+            off=(None, 0)),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ in the local layer also the norm and the attention core, replaced. No other modu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
@@ -21,13 +22,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import is_te_min_version
-from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.layers import coverage
+from megatron_xact.layers import coverage, saving
 from megatron_xact.layers.coverage import Unsupported
 from megatron_xact.layers.local import Norm, ScaledDotProductAttention
 from megatron_xact.layers.mlp import ActivationMLP
@@ -38,17 +38,18 @@ REPLACED = {"squared_relu": "--squared-relu", "quick_gelu": "--quick-geglu"}
 
 
 def decoder_block(
-    config: GPTModelConfig, vp_stage: int | None = None, *, activation: Activation
+    config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None, *, activation: Activation
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage, every MLP with `activation`, and the final norm.
 
+    config: Megatron's, or a model provider of Megatron-Bridge, which is a TransformerConfig itself.
     Raises Unsupported, a ValueError, for what the spec does not cover (`coverage`).
     """
-    transformer = config.transformer
+    transformer = getattr(config, "transformer", config)
     local = coverage.why_local(transformer.transformer_impl, HAVE_TE)
     coverage.refuse(transformer, local)
     if activation.trainable:
-        _refuse_unsavable(transformer)
+        saving.make_savable(config, activation.name)
     use_te = local is None
     layer = _te_layer(transformer) if use_te else _local_layer(transformer)
     mlp = _te_mlp(transformer) if use_te else ActivationMLP
@@ -59,26 +60,6 @@ def decoder_block(
         * get_num_layers_to_build(transformer, vp_stage),
         layer_norm=TENorm if use_te else Norm,
     )
-
-
-def _refuse_unsavable(config: TransformerConfig) -> None:
-    """Megatron 0.19.2's optimizers fail at the first save of a 16-bit model with some fp32 parameters.
-
-    They keep the two kinds in one order in their parameter groups and look them up in another. `xact pretrain` brings
-    the distributed optimizer's orders together in a hook that `--spec` alone has no part in. Better to stop here than
-    after hours of training.
-    """
-    try:
-        args = get_args()
-    except AssertionError:
-        args = None  # which is also what `python -O` gives
-    if args is None:  # the model is built by a program of somebody's own, without Megatron's global arguments
-        return
-    if args.spec is not None and args.save and (config.bf16 or config.fp16):
-        raise Unsupported(
-            "with --spec alone, Megatron 0.19 cannot save the fp32 alphas of a bf16 or fp16 model; run the same flags "
-            "as `xact pretrain CONFIG --use-distributed-optimizer ...`, CONFIG naming the activation (see the README)"
-        )
 
 
 def _te_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
@@ -123,5 +104,26 @@ def _announce(activation: Activation, config: TransformerConfig, local: str | No
     )
 
 
+def into(provider: TransformerConfig, name: str) -> None:
+    """Give a model provider of Megatron-Bridge the activation `name`: `specs.into(cfg.model, "xielu")`.
+
+    That is its layer spec, whether the MLPs are gated, and what lets Megatron save fp32 alphas in a bf16 model.
+    """
+    activation = activations.get(name)
+    provider.transformer_layer_spec = _spec(activation)
+    provider.gated_linear_unit = activation.gated
+    provider.register_post_wrap_hook(saving.put_fp32_first)
+
+
+def _spec(activation: Activation) -> Callable[..., TransformerBlockSubmodules]:
+    """`decoder_block` as a function of this module, by whose name Megatron-Bridge's saved configs find it again."""
+
+    def spec(config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        return decoder_block(config, vp_stage, activation=activation)
+
+    spec.__name__ = spec.__qualname__ = activation.name
+    return spec
+
+
 # Megatron looks the spec's name up in vars(module), so the names have to be there: one per record.
-globals().update({name: partial(decoder_block, activation=activations.get(name)) for name in activations.names()})
+globals().update({name: _spec(activations.get(name)) for name in activations.names()})

@@ -120,8 +120,11 @@ if __name__ == "__main__":
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
 DISTRIBUTED = ("--use-distributed-optimizer",)
+VIRTUAL = (*PP2, "--num-layers", "4", "--num-layers-per-virtual-pipeline-stage", "1")
 RESHARDABLE = (*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable")
 GATED = ("--set", "activation.name=xsilu_glu1")
+BIASES = ("--set", "model.disable-bias-linear=false")
+RECOMPUTED = ("--recompute-granularity", "selective", "--recompute-modules", "mlp")
 POLICY = ("--set", "activation.lr-mult=10", "--set", "activation.weight-decay=0.5")
 
 
@@ -154,7 +157,10 @@ JOBS = {
     "one@4 to tp2 pp2": Job((*TP2, *PP2), 4, ("one", 4)),
     "gated": Job(GATED),
     "gated tp2": Job((*GATED, *TP2), 2),
+    "biases": Job(BIASES),
+    "biases recomputed tp2": Job((*BIASES, *RECOMPUTED, *TP2), 2),
     "bf16": Job(("--bf16", *DISTRIBUTED)),
+    "bf16 vp": Job(("--bf16", *DISTRIBUTED, *VIRTUAL), 2),
     "bf16 tp2 dp2": Job(("--bf16", *TP2, *DISTRIBUTED), 4),
     "tp2@8 to pp2": Job(PP2, 2, ("tp2", 8)),
     "tp2 distributed": Job((*TP2, *RESHARDABLE), 2),

@@ -12,7 +12,8 @@ from planted import CHINCHILLA, DATA, LARGE, SMALL, UNEQUAL, Design, loss, olmo,
 from scipy import optimize, stats
 
 from megatron_xact.studies import numbers, words
-from megatron_xact.studies.compare import compare, tied_multiplier
+from megatron_xact.studies.compare import _minus, compare, tied_multiplier
+from megatron_xact.studies.effects import Estimate
 from megatron_xact.studies.reading import Mapping, read
 from megatron_xact.studies.table import Table
 
@@ -222,6 +223,8 @@ def test_wall_clock_divides_by_the_step_time():
     assert found.step_time.value == pytest.approx(1.04)
     assert found.wall_clock.value == pytest.approx(found.multiplier.value / 1.04)
     assert found.wall_clock.holds(1.1 / 1.04)
+    both = _minus(Estimate(3.0, 0.0, 5.0), Estimate(1.0, -1.0, 5.0))  # each has its part in either end
+    assert both == Estimate(2.0, 2 - np.hypot(3, 4), 2 + np.hypot(2, 2))
     assert compare(study(CHINCHILLA, SMALL, 1.1, 0.001, np.random.default_rng(0)), "a", "b", draws=9).wall_clock is None
 
 
