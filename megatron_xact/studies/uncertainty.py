@@ -12,9 +12,9 @@ An interval is from the least to the greatest end of the two. Over 200 to 400 si
 x 3 to 6 x 6 sizes and budgets with 1 to 3 seeds, 6 to 12 trunks, noise of 0.002 and 0.005 nat, also eight times larger
 at few tokens) those of 95 % held what was planted in 92-99.5 %, to 100 % of losses beyond the runs where noise shrinks
 with tokens: the parameters, their ratios, the optimum at ten times the compute and the loss of a model four times
-larger. Alone, the case bootstrap held planted values in 89-98 %
-of simulated studies of independent runs, but over trunks, with 6 of 4 budgets, in 59-82 %. Residuals with random signs
-held them in 78-92 %: an optimum of Huber losses passes through as many runs as it has parameters.
+larger. Alone, the case bootstrap held planted values in 89-98 % of simulated studies of independent runs, but over
+trunks, with 6 of 4 budgets, in 59-82 %. Residuals with random signs held them in 78-92 %: an optimum of Huber losses
+passes through as many runs as it has parameters.
 
 Shapes: B = draws, n = runs, p = parameters of the form (5 or 4).
 """
