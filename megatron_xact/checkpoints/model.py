@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_xact.checkpoints import megatron_io, tokenizer_files
 from megatron_xact.checkpoints.architecture import identity_of, record, vocabulary_size
-from megatron_xact.checkpoints.modeling import is_ours
+from megatron_xact.checkpoints.modeling import MODELING_FILE, is_ours
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining.checkpointing.folder import TRACKER
 
@@ -192,14 +192,21 @@ def load_megatron(source: Source) -> tuple[torch.nn.Module, Namespace]:
 def load_hf(folder: str | Path) -> torch.nn.Module:
     """The transformers model of a Hugging Face folder, fp32, on the GPU if there is one.
 
-    ValueError: tensors missing, unexpected or of another shape. transformers itself only warns of these, and leaves
-    what is missing uninitialised.
+    ValueError: a modeling file that is not ours; tensors missing, unexpected or of another shape. transformers itself
+    only warns of the latter, and leaves what is missing uninitialised.
     """
     import transformers
 
+    ours = is_ours(folder := Path(folder))
+    if not ours and (folder / MODELING_FILE).is_file():
+        raise ValueError(
+            f"{folder / MODELING_FILE} is not what this version of megatron-xact writes (it was changed, or another "
+            "version's), so it is not run: export the checkpoint again; if there is only this folder, make one of it "
+            "with xact import --no-verify"
+        )
     _quiet(transformers)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        Path(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=is_ours(Path(folder))
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=ours
     )
     problems = {
         "lacks": info["missing_keys"],

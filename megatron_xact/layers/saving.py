@@ -44,7 +44,7 @@ def put_fp32_first(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     fp32 = [buffer for buffer in buffers if buffer.param_dtype == torch.float32]
     if not 0 < len(fp32) < len(buffers):
         return chunks
-    if not wrapped[0].ddp_config.use_distributed_optimizer and _saves():
+    if not wrapped[0].ddp_config.use_distributed_optimizer and _saves(wrapped[0].config):
         raise Unsupported(
             "bf16 and fp16 with a trainable activation need --use-distributed-optimizer and --optimizer adam, on one "
             "process too: Megatron's other 16-bit optimizers cannot save fp32 parameters among the others"
@@ -55,10 +55,13 @@ def put_fp32_first(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     return chunks
 
 
-def _saves() -> bool:
-    """Whether the run has a folder for checkpoints, as far as Megatron's arguments tell: Megatron-Bridge has none."""
+def _saves(config: TransformerConfig) -> bool:
+    """Whether the run will save, as far as can be known here."""
     try:
         args = get_args()
     except AssertionError:
         args = None  # which is also what `python -O` gives
-    return args is None or args.save is not None
+    if args is not None:
+        return args.save is not None
+    # Without Megatron's arguments: a run of Megatron-Bridge, or a program of somebody's own, which may never save.
+    return hasattr(config, "transformer_layer_spec")

@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> int:
             # A thread per core in all: ranks that each take every core would only wait for each other.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.per_node)))
             supervisor.replace_this_process(plan, args.node_rank, args.rendezvous)
+        if plan.folder is not None and (taken := status.why_taken(plan.folder)):
+            raise ValueError(taken)
         _be_the_only_rank()
     signals.hold_in_rank(config.launch.signal)
     run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
@@ -218,8 +220,9 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
             raise SystemExit(exits.FAILED) from None
         told = why_not_written(error, run_folder) if isinstance(error, CheckpointException) else str(error)
         return _fail(watchdog, "error", told, terminal)
-    except Unsupported:  # every rank builds the same layers; one of them says so
+    except Unsupported as error:  # every rank builds the same layers; one of them says so
         if args.rank != 0:
+            watchdog.end("user", str(error))
             raise SystemExit(exits.USER_ERROR) from None
         raise
     except (ValueError, OSError) as error:

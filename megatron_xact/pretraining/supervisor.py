@@ -275,18 +275,16 @@ def main() -> int:
     launcher = Launcher(
         args.launcher, args.rendezvous, tuple(shlex.split(args.wrap)), tuple(shlex.split(args.srun)), args.python
     )
-    other = status.at_work(plan.folder) if plan.folder is not None and args.node_rank == 0 else None
-    if other is not None:
-        print(
-            f"xact: error: a run is at work in {plan.folder}: rank {other.rank} on {other.host} (process {other.pid}), "
-            f"at step {max(other.step, 0)}; wait for its end, or name another folder by --save",
-            file=sys.stderr,
-        )
-        return exits.USER_ERROR
     try:
+        if plan.folder is not None and args.node_rank == 0 and (taken := status.why_taken(plan.folder)):
+            print(f"xact: error: {taken}", file=sys.stderr)
+            return exits.USER_ERROR
         # SLURM sees all nodes of a job; by hand, each node has a supervisor of its own.
         nodes = Nodes(plan.folder, args.node_rank, plan.nodes if args.launcher == "torchrun" else 1)
         return Supervisor(plan, launcher, nodes).run()
+    except KeyboardInterrupt:
+        print("xact: interrupted", file=sys.stderr)
+        return exits.INTERRUPTED
     except OSError as error:
         print(f"xact: error: {why_not(error)}", file=sys.stderr)
         return exits.FAILED

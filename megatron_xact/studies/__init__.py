@@ -4,11 +4,14 @@
     reading.py   CSV files, foreign ones through a mapping, into a table
     law.py       L(N, D) = E + A N^-alpha + B D^-beta: objective and derivatives
     solver.py    its minimiser, for thousands of problems at once, and the starts
-    fit.py       one law for one activation: choice of the form, bootstrap, diagnostics, compute-optimal N and D
+    forms.py     which form of the law, by hold-out or by the noise of seeds
+    uncertainty.py   draws of laws for intervals: noise between runs and between trunks; the profile of E
+    diagnostics.py   where a law fails: residuals by group, misfit, outliers
+    fit.py       one law for one activation, with its intervals and compute-optimal N and D
     isoflop.py   IsoFLOP parabolas, as a diagnostic only
     pairs.py     which runs of two activations belong together
     compare.py   activation against baseline in pairs: compute multiplier, its interval, does it depend on size
-    report.py, plots.py, page.py, curves.py   the folder of numbers, pictures and one HTML page
+    report.py, page.py, figures.py, *_plots.py, curves.py   the folder of numbers, pictures and one HTML page
     recipe.py, ladder.py, planning.py, expectation.py, measuring.py   STUDY.toml -> configs of runs, and what to expect
     running.py, state.py, progress.py, slurm.py, collecting.py        the runs, here or as job arrays, and their table
     fp8_gate.py, gate.py, gate_plot.py   a BF16/FP8 pair of one config: the runs, the verdict, its picture

@@ -59,7 +59,7 @@ class Law:
         """Compute-optimal (N, D) for a budget of `per_token` N D FLOPs."""
         log_G = (np.log(self.alpha) + self.log_A - np.log(self.beta) - self.log_B) / (self.alpha + self.beta)
         log_ND = np.log(flops / per_token)
-        log_N = log_G + self.a_opt * log_ND
+        log_N = np.clip(log_G + self.a_opt * log_ND, -600, 600)  # exponents near 0 have it anywhere: no overflow
         return np.exp(log_N), np.exp(log_ND - log_N)
 
     def __getitem__(self, index) -> Law:

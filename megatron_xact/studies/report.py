@@ -130,7 +130,8 @@ def _draw(found: Findings, folder: Path, root: Path, shape: run_plots.Shape | No
             law_plots.held_out(f, at / f"held_out_{_file(name)}.png")
     if found.fits:
         law_plots.residuals(found.fits, at / "residuals.png")
-        law_plots.profiles(found.fits, at / "profile_of_E.png")
+        if any(not f.draws[-1].noise.why_unknown for f in found.fits.values()):
+            law_plots.profiles(found.fits, at / "profile_of_E.png")
         if any(isoflop.parabolas(f.table) for f in found.fits.values()):
             law_plots.isoflops(found.fits, at / "isoflop.png")
     if compared := [c for c, _ in found.comparisons]:

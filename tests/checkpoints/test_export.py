@@ -133,6 +133,9 @@ def test_transformers_finds_all_it_wants_and_no_more(exports, name):
     ids = text("def f(x):", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=4, do_sample=False, min_new_tokens=4).shape[1] == ids.shape[1] + 4
     assert (model.config.eos_token_id, model.config.pad_token_id) == (text.eos_token_id, text.pad_token_id)
+    # What vLLM's transformers backend builds.
+    without_head = transformers.AutoModel.from_pretrained(folder, trust_remote_code=RUNS[name][0] == "xact")
+    assert torch.equal(model.lm_head(without_head(ids).last_hidden_state), model(ids).logits)
 
 
 def test_rows_of_every_tensor_parallel_rank_are_in_their_place(runs, exports):

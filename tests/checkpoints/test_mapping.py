@@ -27,6 +27,7 @@ from megatron_xact.checkpoints.architecture import (
     to_megatron,
 )  # fmt: skip
 from megatron_xact.checkpoints.mapping import hf_shapes, megatron_shapes, table
+from megatron_xact.checkpoints.model import load_hf
 
 BASE = Architecture(
     num_layers=2,
@@ -420,3 +421,5 @@ def test_only_our_own_code_is_trusted(tmp_path):
     assert modeling.is_ours(tmp_path)
     file.write_text(file.read_text() + "print()\n")
     assert not modeling.is_ours(tmp_path)
+    with pytest.raises(ValueError, match="modeling_xact.py is not what this version .* export the checkpoint again"):
+        load_hf(tmp_path)

@@ -5,7 +5,9 @@ Most of it is told by the launching process before it starts ranks, so these cal
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import pytest
 from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, Trainings, copy_of, execute, trainings
 
 from megatron_xact import cli
+from megatron_xact.pretraining import status
 from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import load
 from megatron_xact.pretraining.platform import default_processes
+from megatron_xact.pretraining.watchdog import Watchdog
 
 pytestmark = MARKS
 
@@ -121,6 +125,17 @@ def test_several_machines_need_a_folder_that_all_of_them_see(runs, capsys, monke
     monkeypatch.delenv("RANK", raising=False)
     code = cli.main(["pretrain", str(runs.config), "--nnodes", "2", "--rendezvous", "a:1"])
     assert "set save in [checkpoint]" in the_one_line(code, *capsys.readouterr())
+
+
+def test_a_folder_in_which_a_process_trains_by_itself_takes_no_second_one(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(status, "SLOWEST_BEAT", 1.0)
+    with Watchdog(tmp_path, 0, 1, 0.0, sys.stderr):  # what of a run another one sees
+        code = cli.main(["pretrain", str(runs.config), "--nproc-per-node", "1", "--save", str(tmp_path)])
+    told = capsys.readouterr().err.splitlines()
+    assert (code, len(told)) == (2, 2) and told[0].startswith("xact: looking whether rank 0 on ")
+    assert f"error: a run is at work in {tmp_path}: rank 0 on {status.host_name()} (process {os.getpid()})" in told[1]
+    assert os.listdir(tmp_path) == ["logs"]
 
 
 def test_a_missing_config(refused, tmp_path):

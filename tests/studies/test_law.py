@@ -125,6 +125,9 @@ def test_optimal_split_is_the_least_loss():
     assert 6 * N * D == pytest.approx(1e20)
     grid = N * np.geomspace(0.5, 2, 2001)
     assert grid[found.loss(grid, 1e20 / 6 / grid).argmin()] == pytest.approx(N, rel=2e-3)
+    with np.errstate(all="raise"):  # where size is worth next to nothing, the best is far from any number
+        N, D = law.Law(*map(np.asarray, (1.7, 0.0, 3.0, 1e-3, 1e-3))).optimal(1e20)
+    assert 6 * N * D == pytest.approx(1e20)
 
 
 def within(errors, low, high, points=0.05):

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from planted import CHINCHILLA, Design, study
+from planted import CHINCHILLA, Design, ladder, study
 
 from megatron_xact import cli
 from megatron_xact.studies import compare as comparing
-from megatron_xact.studies import comparison_plots, figures, law_plots
+from megatron_xact.studies import comparison_plots, figures, law_plots, report
 from megatron_xact.studies.effects import Estimate
 from megatron_xact.studies.fit import fit
 from megatron_xact.studies.reading import read
@@ -153,6 +153,14 @@ def test_nothing_lies_on_anything_else(drawn, sizes, tmp_path):
     comparison_plots.pairs([comparing.compare(table, "a", "b", draws=9)], tmp_path / "pairs.png")
     FigureCanvasAgg(drawn[-1].figure).draw()
     assert drawn[-1].get_legend().get_window_extent().x0 > drawn[-1].get_window_extent().x1
+
+
+def test_where_nothing_tells_how_well_E_is_determined_there_is_no_picture_of_it(tmp_path):
+    three = ladder(CHINCHILLA, Design((3e7, 1e8, 1e9), (5, 20, 80), 1), 0.002, np.random.default_rng(0), 0.004)
+    for table, drawn in ((three, False), (Table([replace(r, trunk="") for r in three.runs]), True)):
+        report.write(report.find(table, None, [1e21], bootstraps=9), tmp_path / "out", tmp_path)
+        assert (tmp_path / "out/plots/profile_of_E.png").exists() == drawn
+        assert ("profile_of_E.png" in (tmp_path / "out/index.html").read_text()) == drawn
 
 
 def test_one_huge_interval_hides_none_of_the_others(drawn, tmp_path):

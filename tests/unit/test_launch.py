@@ -347,19 +347,25 @@ def test_a_folder_in_which_a_run_is_at_work_takes_no_second_one(tmp_path):
     assert status.at_work(tmp_path) is None  # killed, and without a last word
 
 
-def test_a_run_on_another_host_is_at_work_if_it_beats(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("attempt, host", [("abc", "elsewhere"), ("", status.host_name())])
+def test_a_run_on_another_host_or_without_a_launcher_is_at_work_if_it_beats(
+    tmp_path, monkeypatch, capsys, attempt, host
+):
     monkeypatch.setattr(status, "SLOWEST_BEAT", 1.0)
     folder = status.folder_of(tmp_path)
     folder.mkdir(parents=True)
-    rank = Status("abc", 0, "elsewhere", 1, 3, 40, time.time())
+    rank = Status(attempt, 0, host, os.getpid(), 3, 40, time.time())
     rank.write(folder)
     assert status.at_work(tmp_path) is None
-    assert "whether rank 0 on elsewhere" in capsys.readouterr().err
+    assert f"whether rank 0 on {host}" in capsys.readouterr().err
     threading.Timer(0.7, lambda: replace(rank, beat=4).write(folder)).start()
     assert status.at_work(tmp_path).beat == 4
     capsys.readouterr()
-    replace(rank, kind="done").write(folder)
-    assert status.at_work(tmp_path) is None and not capsys.readouterr().err
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for gone in (replace(rank, kind="done"), Status("", 0, status.host_name(), ended.pid, 3, 40, time.time())):
+        gone.write(folder)
+        assert status.at_work(tmp_path) is None and not capsys.readouterr().err
 
 
 class Sleeping(Launcher):
