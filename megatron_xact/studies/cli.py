@@ -150,9 +150,9 @@ def _budget_argument(parser: argparse.ArgumentParser) -> None:
 INTERVALS = """\
 Intervals are of 95 %, from losses drawn about the law with the scatter that the runs show, between runs and between
 trunks (column trunk), and from runs drawn again; they hold the free form's too where equal exponents are only assumed.
-In simulated studies of 18 to 48 runs, or of 6 trunks, they held planted values in 92 % or more. What the runs do not
-determine is told so. "without SIZE" tells how well the other sizes predict it, and whether its runs lie in their 95 %
-prediction intervals."""
+In simulated studies of 18 to 48 runs, or of 6 to 12 trunks, they held planted values in 92 % or more. What the runs do
+not determine is told so. "without SIZE" tells how well the other sizes predict it, and whether its runs lie in their
+95 % prediction intervals."""
 
 
 def _fit_arguments(parser: argparse.ArgumentParser) -> None:
