@@ -23,7 +23,7 @@ END
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source_=stdlib out="" fresh=""
+source_=stdlib out="" fresh="" only_print=""
 overrides=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -33,6 +33,7 @@ while [ $# -gt 0 ]; do
             [ $# -ge 2 ] || { echo "quickstart: error: $1 needs a value (--help)" >&2; exit 2; }
             if [ "$1" = --source ]; then source_=$2; else out=$2; fi
             shift 2 ;;
+        --print-args) only_print=1; overrides+=("$1"); shift ;;
         *) overrides+=("$1"); shift ;;
     esac
 done
@@ -58,6 +59,7 @@ xact data prepare --source "$source_" --out "$out/data" $fresh
 xact pretrain configs/quickstart.toml --quiet \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/validation_text_document" \
     --tokenizer-model "$out/data/tokenizer" --save "$out" --load "$out" ${overrides[@]+"${overrides[@]}"}
+[ -z "$only_print" ] || exit 0
 echo
 rm -rf "$out/hugging-face"  # made anew from the checkpoint
 xact export "$out" "$out/hugging-face"

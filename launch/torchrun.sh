@@ -49,6 +49,9 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [ $# -ge 1 ] || fail "which config? (--help)"
+for number in "$nodes" "$rank" "$port"; do
+    [[ $number =~ ^[0-9]+$ ]] || fail "--nnodes, --node-rank and --master-port are numbers, not '$number'"
+done
 many=()
 if [ "$nodes" -gt 1 ]; then
     [ -n "$address" ] || fail "several machines meet at machine 0: name it with --master-addr or \$MASTER_ADDR"
@@ -61,6 +64,6 @@ python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null || fail "no $python: make it by bash launch/env.sh, or name another by \$PYTHON"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT  # of this script, or of another job: torchrun gives new ones
-# Signals go to that process, which passes them on to torchrun with --signals-to-handle and a --shutdown-timeout that is
-# long enough for a checkpoint (megatron_xact/pretraining/launchers.py).
+# Signals go to that process, which passes them on to torchrun (megatron_xact/pretraining/agent.py), and that to the
+# ranks, with time for a checkpoint.
 exec "$python" -m megatron_xact pretrain "$@" "${many[@]}" "${per_node[@]}"

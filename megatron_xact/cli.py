@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xact import __version__
+from megatron_xact.argument_types import folder
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--print-args", action="store_true", help="print Megatron's resolved command line and exit"
+    )
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=folder, metavar="RUN", help="folder of a run: its `save`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the pictures go (default: RUN/plots; of several runs: plots in the current folder)",
     )
 
 
@@ -160,33 +171,33 @@ COMMANDS = {
     ),
     "plot": Command(
         "pictures of one or several runs: loss, speed, alphas, learned activations, sparsity and outliers",
-        _lazy("megatron_xact.pretraining.plot", "add_arguments"),
+        _plot_arguments,
         _lazy("megatron_xact.pretraining.plot", "main"),
     ),
     "export": Command(
         "Megatron checkpoint -> Hugging Face folder, verified",
-        _lazy("megatron_xact.checkpoints.export", "add_arguments"),
-        _lazy("megatron_xact.checkpoints.export", "main"),
+        _lazy("megatron_xact.checkpoints.cli", "export_arguments"),
+        _lazy("megatron_xact.checkpoints.cli", "export"),
     ),
     "import": Command(
         "Hugging Face folder, or an xIELU fork's checkpoint -> Megatron checkpoint to go on from",
-        _lazy("megatron_xact.checkpoints.importing", "add_arguments"),
-        _lazy("megatron_xact.checkpoints.importing", "main"),
+        _lazy("megatron_xact.checkpoints.cli", "import_arguments"),
+        _lazy("megatron_xact.checkpoints.cli", "import_checkpoint"),
     ),
     "verify": Command(
         "do two checkpoints (Megatron or Hugging Face) hold the same model? Names where they differ",
-        _lazy("megatron_xact.checkpoints.verify", "add_arguments"),
-        _lazy("megatron_xact.checkpoints.verify", "main"),
+        _lazy("megatron_xact.checkpoints.cli", "verify_arguments"),
+        _lazy("megatron_xact.checkpoints.cli", "verify"),
     ),
     "generate": Command(
         "a sample of text from a Megatron checkpoint or a Hugging Face folder",
-        _lazy("megatron_xact.checkpoints.generate", "add_arguments"),
-        _lazy("megatron_xact.checkpoints.generate", "main"),
+        _lazy("megatron_xact.checkpoints.cli", "generate_arguments"),
+        _lazy("megatron_xact.checkpoints.cli", "generate"),
     ),
     "eval": Command(
         "perplexity on indexed data (either kind), lm-evaluation-harness tasks (Hugging Face)",
-        _lazy("megatron_xact.checkpoints.evaluate", "add_arguments"),
-        _lazy("megatron_xact.checkpoints.evaluate", "main"),
+        _lazy("megatron_xact.checkpoints.cli", "eval_arguments"),
+        _lazy("megatron_xact.checkpoints.cli", "evaluate"),
     ),
     "study": Command(
         "what an activation is worth: ladders of runs planned and trained, scaling laws, paired comparisons, a report",
@@ -202,7 +213,7 @@ COMMANDS = {
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser; only the chosen subcommand gets its arguments, since `data` has to import to know them."""
+    """The parser; only the chosen subcommand gets its arguments, since most import to know them."""
     parser = argparse.ArgumentParser(
         prog="xact", description="Trainable activation functions in unmodified Megatron.", allow_abbrev=False
     )

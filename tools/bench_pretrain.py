@@ -95,10 +95,12 @@ def run_xact(args: argparse.Namespace) -> dict:
             *(["--bf16"] if args.bf16 else []),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"xact pretrain failed: {process.stderr.read().decode()[-2000:]}")
+        with open(Path(folder) / "stderr", "w+", encoding="utf-8", errors="replace") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                errors.seek(0)
+                sys.exit(f"xact pretrain failed: {errors.read()[-2000:]}")
         steps = [json.loads(line) for line in open(Path(folder) / "progress.jsonl", encoding="utf-8")]
     speeds = [step["tokens_per_second"] for step in steps[args.warmup :]]
     return {"tokens_per_second": speeds, "peak_memory_mb": round(usage.ru_maxrss / 1024, 1)}

@@ -40,8 +40,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the export (default: bf16)")
     parser.add_argument("--limit-gb", type=float, default=4.0, help="hard limit for the exporting process (default: 4)")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # the process that writes the checkpoint
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)  # the exporting process
     args = parser.parse_args()
+    if args.make:
+        print(json.dumps(make(args.make, args.size)))
+        return
     if args.measure:
         print(json.dumps(measured_export(*args.measure, args.dtype)))
         return
@@ -57,8 +61,8 @@ def main() -> None:
 
 
 def run(folder: Path, args: argparse.Namespace) -> dict:
-    made = in_own_process([__file__, "--size", args.size, "--measure", str(folder), str(folder)], None)
-    command = [__file__, "--size", args.size, "--measure", str(folder / "run"), str(folder / "hf")]
+    made = in_own_process([__file__, "--size", args.size, "--make", str(folder)], None)
+    command = [__file__, "--measure", str(folder / "run"), str(folder / "hf")]
     command += ["--dtype", args.dtype] if args.dtype else []
     found = in_own_process(command, args.limit_gb)
     import torch
@@ -88,8 +92,6 @@ def in_own_process(words: list[str], limit_gb: float | None) -> dict:
 
 
 def measured_export(source: Path, out: Path, dtype: str | None) -> dict:
-    if source == out:
-        return make(source, sys.argv[sys.argv.index("--size") + 1])
     from megatron_xact.checkpoints.export import export
 
     with Peak() as peak:

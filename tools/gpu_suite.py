@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from megatron_xact import installed  # noqa: E402
 from tools.gpu import jobs, sections  # noqa: E402
 from tools.gpu.jobs import Job  # noqa: E402
 from tools.gpu.results import Results  # noqa: E402
@@ -103,14 +104,6 @@ def gpu_memory(device: str) -> float:
 
 def machine(device: str, commit: str | None) -> dict:
     """What the numbers depend on. commit, uncommitted: None where nobody knows."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     def said_by(*command: str) -> str | None:
         try:
             return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
@@ -127,7 +120,7 @@ def machine(device: str, commit: str | None) -> dict:
         "commit": commit or said_by("git", "rev-parse", "--short", "HEAD"),
         "uncommitted": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "versions": {name: installed(name) for name in packages},
+        "versions": {name: installed.version(name) for name in packages},
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -77,9 +77,7 @@ IDENTITY = Activation("identity", "x", "", Identity())
 RELU2_OF_OUTPUT = Activation("relu2_of_output", "y", "", SquaredReLUOfOutput())
 
 RECORDS = (
-    Activation(
-        "relu", "max(x, 0)", "Nair & Hinton 2010, Rectified Linear Units", ReLU(), smooth_if=False, hf="relu"
-    ),
+    Activation("relu", "max(x, 0)", "Nair & Hinton 2010, Rectified Linear Units", ReLU(), hf="relu"),
     Activation(
         "relu2",
         "max(x, 0)^2",
@@ -101,5 +99,5 @@ RECORDS = (
     Activation("silu", "x s(x), s = sigmoid", GELU_PAPER, SILU, aliases=("swish",), hf="silu"),
     Activation("swiglu", "silu(x) * up", GLU_PAPER, SILU, gated=True, hf="silu"),
     Activation("geglu", "gelu(x) * up", GLU_PAPER, GELU, gated=True, hf="gelu"),
-    Activation("reglu", "relu(x) * up", GLU_PAPER, ReLU(), gated=True, smooth_if=False, hf="relu"),
+    Activation("reglu", "relu(x) * up", GLU_PAPER, ReLU(), gated=True, hf="relu"),
 )

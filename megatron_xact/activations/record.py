@@ -50,7 +50,6 @@ class Activation:
 
     formula:   in effective symbols.
     gated:     the last dimension of the input holds [gate, up].
-    smooth_if: is the slope continuous at 0: always, never, or while one parameter is fixed at one value.
     hf:        transformers' ACT2FN name of the same function at init (of the gate's activation where gated).
     eps:       0, or the negative clamp of code that uses min(x, eps): it changes the value, not the slopes.
     clamped:   value with that clamp; None for records that have none.
@@ -64,7 +63,6 @@ class Activation:
     parameters: tuple[Parameter, ...] = ()
     aliases: tuple[str, ...] = ()
     gated: bool = False
-    smooth_if: bool | tuple[str, float] = True
     hf: str | None = None
     eps: float = 0.0
     clamped: Callable[[Tensor, Values, float], Tensor] | None = None
@@ -80,13 +78,6 @@ class Activation:
     @property
     def trainable(self) -> tuple[Parameter, ...]:
         return tuple(q for q in self.parameters if q.trainable)
-
-    @property
-    def smooth(self) -> bool:
-        if isinstance(self.smooth_if, bool):
-            return self.smooth_if
-        name, init = self.smooth_if
-        return not self._parameter(name).trainable and self._parameter(name).init == init
 
     def initial_raw(self) -> dict[str, float]:
         """Raw start value of every trainable parameter, by name: the exact inverse of `effective` in fp64."""

@@ -134,7 +134,6 @@ RECORDS = (
         f"{PAPER}, Table 4",
         TwoSided(SQUARE, SelfGated(sigmoid, dsigmoid)),
         (ALPHA_P, BETA),
-        smooth_if=("beta", 0.5),
     ),
     Activation(
         "xielu_neg_xsilu",
@@ -142,7 +141,6 @@ RECORDS = (
         f"{PAPER}, Table 4",
         TwoSided(SQUARE, Expanded(SIGMOID)),
         (ALPHA_P, Parameter("alpha", "a", init=0.0), BETA),
-        smooth_if=("beta", 0.5),
     ),
     Activation(
         "xielu_neg_zero",
@@ -150,6 +148,5 @@ RECORDS = (
         f"{PAPER}, Table 4",
         TwoSided(SQUARE, Zero()),
         (ALPHA_P, BETA),
-        smooth_if=("beta", 0.0),
     ),
 )

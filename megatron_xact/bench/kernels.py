@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_xact.argument_types import positive
+
 DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ["xielu", "relu2"]  # what is measured where none is named
 DEFAULT_DTYPES = ["float32", "bfloat16"]
@@ -15,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", nargs="+", default=ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(ACTIVATIONS)}"
     )
-    parser.add_argument("--rows", type=int, help="tokens (default: 16384 on a GPU, 4096 on a CPU)")
-    parser.add_argument("--columns", type=int, help="ffn width (default: 12288 on a GPU, 6144 on a CPU)")
+    parser.add_argument("--rows", type=positive(int), help="tokens (default: 16384 on a GPU, 4096 on a CPU)")
+    parser.add_argument("--columns", type=positive(int), help="ffn width (default: 12288 on a GPU, 6144 on a CPU)")
     parser.add_argument("--dtypes", nargs="+", default=DEFAULT_DTYPES, choices=DTYPES, metavar="DTYPE",
                         help=f"default: {' '.join(DEFAULT_DTYPES)}")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=10, help="timings of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive(int), default=10, help="timings of each (default: %(default)s)")
 
 
 def main(args: argparse.Namespace, device, where: dict) -> None:
@@ -31,8 +33,6 @@ def main(args: argparse.Namespace, device, where: dict) -> None:
 
     for name in args.activations:
         activations.get(name)  # a wrong name ends here, in words
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats} must be at least 1")
     rows = args.rows or (16384 if device.type == "cuda" else 4096)
     columns = args.columns or (12288 if device.type == "cuda" else 6144)
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}: {rows} x {columns}", flush=True)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_xact.argument_types import positive
+
 DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ["xielu", "relu2", "swiglu"]  # what is measured where none is named
 
@@ -46,19 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", nargs="+", default=ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(ACTIVATIONS)}"
     )
-    parser.add_argument("--tokens", type=int, help="of one microbatch (default: 16384 on a GPU, 256 on a CPU)")
-    parser.add_argument("--hidden", type=int, help="hidden size (default: 2048 on a GPU, 128 on a CPU)")
+    parser.add_argument("--tokens", type=positive(int),
+                        help="of one microbatch (default: 16384 on a GPU, 256 on a CPU)")  # fmt: skip
+    parser.add_argument("--hidden", type=positive(int), help="hidden size (default: 2048 on a GPU, 128 on a CPU)")
     parser.add_argument(
-        "--ffn", type=int, help="ffn width (default: 6 times the hidden size; two thirds of that where gated)"
+        "--ffn", type=positive(int), help="ffn width (default: 6 times the hidden size; two thirds of that where gated)"
     )
-    parser.add_argument(
-        "--tp", nargs="+", type=int, default=[1], metavar="N", help="tensor-parallel sizes that divide it (default: 1)"
-    )
+    parser.add_argument("--tp", nargs="+", type=positive(int), default=[1], metavar="N",
+                        help="tensor-parallel sizes that divide it (default: 1)")  # fmt: skip
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     parser.add_argument("--bias", action="store_true", help="with a bias in fc1")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each peer, in threes (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive(int), default=5,
+                        help="timings of each peer, in threes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--refresh", action="store_true", help="measure again what is remembered, and remember that")
 
 
@@ -71,14 +74,11 @@ def main(args: argparse.Namespace, device, where: dict) -> None:
     records = [activations.get(name) for name in args.activations]  # a wrong name ends here, in words
     on_gpu = device.type == "cuda"
     tokens, hidden = args.tokens or (16384 if on_gpu else 256), args.hidden or (2048 if on_gpu else 128)
-    for name, values in {"tokens": [tokens], "hidden": [hidden], "tp": args.tp, "repeats": [args.repeats]}.items():
-        if min(values) < 1:
-            raise ValueError(f"--{name} {min(values)} must be at least 1")
     dtypes = [getattr(torch, name) for name in args.dtypes or ["bfloat16" if on_gpu else "float32"]]
     widths = {record.name: args.ffn or (4 if record.gated else 6) * hidden for record in records}
     for tp in args.tp:
         for width in widths.values():
-            if width < 1 or width % tp:
+            if width % tp:
                 raise ValueError(f"--tp {tp} must divide the ffn width, {width}; change one of them")
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}", flush=True)
     rows = []

@@ -8,9 +8,11 @@ self-contained model of `modeling/`, which is exported along with the weights fo
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
@@ -392,6 +394,18 @@ def from_hf(config: Mapping, padded_vocab_size: int | None = None) -> Architectu
         # e.g. a Llama with biases in its attention only
         raise ValueError(f"unknown architecture: {f.class_name} with bias {a.bias} has no Megatron form here")
     return a
+
+
+def read_hf(folder: Path) -> tuple[Architecture, dict]:
+    """Of a Hugging Face folder, and its config.json. ValueError or OSError: it has none, or not a whole one."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return from_hf(config), config
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{file} lacks the key {error}") from None
 
 
 def _hf_bias(f: Family, config: Mapping) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +24,8 @@ from megatron_xact.checkpoints.mapping import Rule, check_names, hf_shapes, mega
 from megatron_xact.checkpoints.megatron_io import LegacyCheckpoint, open_checkpoint
 from megatron_xact.checkpoints.model_card import card
 from megatron_xact.checkpoints.modeling import MODELING_FILE, modeling_source
+from megatron_xact.checkpoints.options import DTYPES, SHARD_SIZE, size_in_bytes
 from megatron_xact.pretraining.data.progress import Progress
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DEFAULT_SHARD = "2GB"
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,6 @@ class Exported:
     seconds: float
     verified: str
     """What the comparison of logits said, or why there was none."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or one iter_* of it")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--step", type=int, help="iteration to export (default: the latest)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
-    parser.add_argument("--max-shard-size", default=DEFAULT_SHARD, metavar="SIZE", help="of a file (default: 2GB)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="with tokenizer.json (default: the run's)")
-    parser.add_argument("--overwrite", action="store_true", help="move an existing OUT aside")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare logits; tensors are always read back")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -79,7 +65,7 @@ def export(
     *,
     step: int | None = None,
     dtype: str | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD,
+    max_shard_size: str | int = SHARD_SIZE,
     tokenizer: Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -169,15 +155,6 @@ def _verify(checkpoint: Path, folder: Path, tokenizer: Path) -> str:
             "--no-verify it is written uncompared)"
         )
     return report.summary()
-
-
-def size_in_bytes(size: str | int) -> int:
-    """2GB, 500MB or a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", str(size).strip(), re.IGNORECASE)
-    value = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
-    if value < 1:
-        raise ValueError(f"max-shard-size = {size!r}: expected a size such as 2GB or 500MB")
-    return value
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -18,21 +18,8 @@ from megatron_xact.checkpoints import model as models
 from megatron_xact.checkpoints.model import Model
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a run's folder, one iter_* of it, or a Hugging Face folder")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="to go on from (default: a document's beginning)")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="at most this many (default: 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="of sampling (default: 0.8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling (default: 0)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--step", type=int, metavar="N", help="iteration of a run (default: the latest)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: the model's)")
-
-
 def main(args: argparse.Namespace) -> int:
     """The subcommand: the prompt and its continuation go to stdout, token by token, the speed to stderr."""
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} must be at least 1")
     model = models.load(args.folder, args.step)
     tokenizer = model.tokenizer(args.tokenizer)
     ids = prompt_ids(tokenizer, args.prompt)

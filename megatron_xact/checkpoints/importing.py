@@ -12,7 +12,6 @@ The weights come from `pretrained-checkpoint = OUT`, so a second start of the sa
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from argparse import Namespace
@@ -30,10 +29,10 @@ from megatron_xact.checkpoints.architecture import (
     HF_XIELU_EPS,
     Architecture,
     family,
-    from_hf,
     from_megatron,
     identity,
     pad_vocab,
+    read_hf,
     record,
     to_megatron,
 )  # fmt: skip
@@ -55,7 +54,6 @@ from megatron_xact.pretraining.checkpointing.folder import TRACKER
 from megatron_xact.pretraining.config import EVAL_INTERVAL, ActivationConfig, RunConfig, XactConfig
 from megatron_xact.pretraining.data.progress import Progress
 
-DISAGREEMENT = ("refuse", "average", "rank0")
 TABLE_OF = {
     "tensor-model-parallel-size": "parallel",
     "pipeline-model-parallel-size": "parallel",
@@ -93,27 +91,6 @@ class _Source:
     vocab_size: int | None
     """Rows of the embedding as the source says, which may have more than its tokenizer has ids; None: it does not."""
     notes: tuple[str, ...]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="HF_FOLDER", type=Path, help="has a config.json; or a fork's checkpoint")
-    parser.add_argument("out", metavar="CHECKPOINT", type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--tensor-model-parallel-size", "--tp", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--pipeline-model-parallel-size", "--pp", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument(
-        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="as for Megatron (default: 128)"
-    )
-    parser.add_argument("--step", type=int, help="iteration of a Megatron checkpoint (default: the latest)")
-    parser.add_argument("--activation", metavar="NAME", help="of a Megatron checkpoint that does not name its own")
-    parser.add_argument(
-        "--alpha-disagreement",
-        choices=DISAGREEMENT,
-        default="refuse",
-        help="what to do with activation parameters that differ between tensor-parallel ranks (default: refuse)",
-    )
-    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever an old checkpoint holds")
-    parser.add_argument("--overwrite", action="store_true", help="move an existing CHECKPOINT aside")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the result with what was imported")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -214,13 +191,8 @@ class _Produce:
 
 def _hugging_face(folder: Path, divisible_by: int, tensor_parallel: int) -> _Source:
     weights = Weights(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        a = pad_vocab(from_hf(config), divisible_by, tensor_parallel)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the key {error}") from None
+    a, config = read_hf(folder)
+    a = pad_vocab(a, divisible_by, tensor_parallel)
     shapes = dict(weights.shapes)
     if a.tied:
         shapes.pop("lm_head.weight", None)  # a copy of the embedding, as some writers leave there

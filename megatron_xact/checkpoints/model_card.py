@@ -34,7 +34,7 @@ def card(
         f"(checkpoint of step {iteration:,}), for transformers' `{f.class_name}`"
         + (", whose code is in `modeling_xact.py` here." if remote else "."),
         _usage(remote),
-        _vllm(a, remote),
+        _servers(a, remote),
         "## Architecture\n\n" + _rows(_architecture(a, dtype)),
         "## Activation\n\n" + _activation(a, effective),
         "## Training\n\n" + _rows(_training(args, iteration)),
@@ -60,12 +60,12 @@ def _usage(remote: bool) -> str:
     )
 
 
-def _vllm(a: Architecture, remote: bool) -> str:
-    """What vLLM 0.32 needs and does; its Apertus has xIELU only."""
+def _servers(a: Architecture, remote: bool) -> str:
+    """What vLLM 0.32 and SGLang 0.5.23 need and do; their Apertus has xIELU only."""
     apertus, xielu = family(a).model_type == "apertus", a.activation.name == "xielu"
     words = " --trust-remote-code" if remote else " --model-impl transformers" if apertus and not xielu else ""
-    rounding = " It rounds alpha_p and alpha_n to bfloat16, whatever `--dtype` says." if apertus and xielu else ""
-    return f"In vLLM: `vllm serve .{words}`.{rounding}"
+    rounding = " Both round alpha_p and alpha_n to bfloat16, whatever `--dtype` says." if apertus and xielu else ""
+    return f"In vLLM: `vllm serve .{words}`; in SGLang: `sglang serve --model-path .{words}`.{rounding}"
 
 
 def _architecture(a: Architecture, dtype: str) -> dict[str, object]:
@@ -98,7 +98,8 @@ def _activation(a: Architecture, effective: dict[str, list[float]]) -> str:
         lines.append(
             f"transformers computes expm1(min(x, {HF_XIELU_EPS:g})) where training computed expm1(min(x, 0)): a "
             "difference of at most 1e-6 times `a_n`. Its optional CUDA kernel ignores `beta` and `eps` and assumes 0.5 "
-            "and -1e-6."
+            "and -1e-6. Releases before 5.1 do not load it as it is: 4.56 and 4.57 round its parameters to bfloat16, "
+            "5.0 fails."
         )
     return "\n\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from math import prod
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from megatron_xact.checkpoints import model as models
 from megatron_xact.checkpoints import trace
-from megatron_xact.checkpoints.architecture import Architecture, family, from_hf, from_megatron
+from megatron_xact.checkpoints.architecture import Architecture, family, from_megatron, read_hf
 from megatron_xact.checkpoints.mapping import Rule, hf_shapes, megatron_shapes, table
 from megatron_xact.checkpoints.megatron_io import open_checkpoint
 from megatron_xact.checkpoints.model import Model, Source
@@ -33,7 +32,7 @@ class Side:
             self.use(from_megatron(self.args, vocabulary))
         else:
             self.file, self.args, self.vocabulary_known = Weights(source.path), None, True
-            self.use(from_hf(json.loads((source.path / "config.json").read_text(encoding="utf-8"))))
+            self.use(read_hf(source.path)[0])
         self.last: tuple[Rule, tuple[Tensor, ...]] | None = None
 
     def __str__(self) -> str:

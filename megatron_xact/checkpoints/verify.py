@@ -36,19 +36,6 @@ TRACED = 48  # of them, for what modules compute
 PROMPT, CONTINUATION = 24, 16  # tokens of the greedy continuation's prompt, and of itself
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "a run's folder, one iter_* of it, or a Hugging Face folder"
-    parser.add_argument("a", metavar="A", help=what)
-    parser.add_argument("b", metavar="B", help=what)
-    parser.add_argument("--text", metavar="FILE", help="compare logits on this (default: pages of Python's manual)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: A's, else B's)")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="X", help="largest difference of fp32 logits (default: 1e-4)"
-    )
-    parser.add_argument("--tensors-only", action="store_true", help="load no model: much less memory, weaker proof")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
 def main(args: argparse.Namespace) -> int:
     """The subcommand. Exit code 0: the same model; 1: not."""
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None

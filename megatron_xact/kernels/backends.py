@@ -44,7 +44,7 @@ def backend_of(activation: Activation, x: Tensor) -> ModuleType:
     if x.is_cuda and _triton_is_there():
         from megatron_xact.kernels import triton_launch, triton_pointwise
 
-        reason = triton_launch.unserved_reason(activation, x)
+        reason = triton_launch.unserved_reason(activation, x.dtype)
         if reason is None:
             return triton_pointwise
         if _choice == "auto":

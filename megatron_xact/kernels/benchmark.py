@@ -125,12 +125,8 @@ def copy_ceiling(num_bytes: int, device: torch.device, repeats: int) -> float:
     """Bytes per second, read plus written, of copying a tensor of this size: the median of `repeats`."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * num_bytes / statistics.median(clock(lambda: target.copy_(source), device, repeats))
-
-
-def clock(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls."""
-    return clock_in_turns([call], device, repeats)[0]
+    (seconds,) = clock_in_turns([lambda: target.copy_(source)], device, repeats)
+    return 2 * num_bytes / statistics.median(seconds)
 
 
 def clock_in_turns(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import fp8_reference, reference
-from megatron_xact.kernels.backends import triton_unavailable_reason
+from megatron_xact.kernels.backends import selected, triton_unavailable_reason
 from megatron_xact.kernels.fp8_reference import (
     BLOCK,
     DTYPES,
@@ -165,11 +165,11 @@ def _check_backward(activation, x: Tensor, dy: Tensor, scaling: Scaling, dtype: 
 
 def _triton_for(activation: Activation, x: Tensor):
     """The module of the kernels, where they can run; else None."""
-    if not x.is_cuda or triton_unavailable_reason() or not gpu_has_fp8(x.device):
+    if selected() == "reference" or not x.is_cuda or triton_unavailable_reason() or not gpu_has_fp8(x.device):
         return None
-    from megatron_xact.kernels import triton_fp8
+    from megatron_xact.kernels import triton_fp8, triton_launch
 
-    return triton_fp8 if triton_fp8.serves(activation, x) else None
+    return None if triton_launch.unserved_reason(activation, x.dtype) else triton_fp8
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_xact import __version__, installed
+from megatron_xact import __version__, installed, whole
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.keys import key_of
@@ -185,14 +185,14 @@ def _write(file: Path | None, key: dict[str, object], found: Measured) -> str:
     """Whole or not at all, whoever else writes it at the same time; what to say about it."""
     if file is None:
         return "measured now, and not remembered: there is no home folder; set XACT_CACHE"
-    partial = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
+    growing = whole.partial(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"key": key, "seconds": found.seconds, "tiles": found.tiles}
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        growing.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(growing, file)
     except OSError as error:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            growing.unlink()
         return f"measured now, and not remembered: {file} cannot be written ({error.strerror}); see XACT_CACHE"
     return f"measured now, remembered in {file}"

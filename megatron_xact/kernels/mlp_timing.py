@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import linear
 from megatron_xact.kernels.benchmark import clock_in_turns, ours_alone, published_formula
-from megatron_xact.kernels.ops import apply_activation
+from megatron_xact.kernels.ops import apply_activation, learned_of
 
 GEMMS, EAGER, COMPILED = "GEMMs alone", "eager", "torch.compile"
 # Largest relative difference, in norm, between a fused backend's results and the unfused ones at the operands below,
@@ -69,7 +69,7 @@ class Operands:
 
     @property
     def learned(self) -> list[Tensor]:
-        return [self.p[q.symbol] for q in self.activation.trainable]
+        return learned_of(self.activation, self.p)
 
 
 def operands(activation: Activation, shape: Shape, device: torch.device) -> Operands:
@@ -131,7 +131,7 @@ def fused(way: linear.Way, o: Operands) -> list[Tensor]:
     )
     dw2_HF = o.dout_MH.T @ back.y_MF
     biases = [] if o.bias_W is None else [back.bias]
-    parameters = [back.parameters[q.symbol].reshape(1) for q in o.activation.trainable]
+    parameters = [value.reshape(1) for value in learned_of(o.activation, back.parameters)]
     return [out_MH, back.dpre_MW @ o.w1_WH, back.dpre_MW.T @ o.x_MH, dw2_HF, *biases, *parameters]
 
 

@@ -26,15 +26,13 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
-from megatron_xact.kernels.backends import triton_unavailable_reason
 from megatron_xact.kernels.device_functions import device_function
 from megatron_xact.kernels.linear import BACKWARD, FORWARD, Backward, tile_named
 from megatron_xact.kernels.quack_epilogues import Form, backward_epilogue, forward_epilogue
-from megatron_xact.kernels.triton_launch import device_of, slots
+from megatron_xact.kernels.triton_launch import device_of, learned, no_product_reason, slots
 
 DISTRIBUTION = "quack-kernels"
 INSTALL = 'pip install -e ".[quack]"'
-DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 8  # elements of 16 bits
 
 
@@ -63,15 +61,7 @@ CLUSTER_M = 2  # thread blocks of one cluster, above each other, share the other
 
 def unavailable_reason(activation: Activation, dtype: torch.dtype, device: torch.device) -> str | None:
     """As `linear.unavailable_reason`."""
-    if device_function(activation) is None:
-        return f"{activation.name} has no device function"
-    if activation.eps:
-        return f"{activation.name} with eps keeps the bits of eager code, which no fused pass does"
-    if dtype not in DTYPES:
-        return f"tensor cores would round {dtype} operands; only bf16 and fp16 are multiplied here"
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on an NVIDIA GPU"
-    if reason := triton_unavailable_reason():  # Triton comes with torch, so in effect: no GPU, or an old one
+    if reason := no_product_reason(activation, dtype, device):
         return reason
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
@@ -150,9 +140,8 @@ def backward(
             operands[name + half] = columns
     _run(backward_epilogue(form), tile, dout_MH.contiguous(), w2_HF.contiguous(), operands.pop("dpre"),
          operands.pop("c"), operands, b_kn=True)  # fmt: skip
-    symbols = [activation.parameters[i].symbol for i in form.learned]
     # torch.sum has a fixed order for a given shape
-    parameters = dict(zip(symbols, dp.flatten(1).sum(1), strict=True))
+    parameters = dict(zip(learned(activation, p), dp.flatten(1).sum(1), strict=True))
     return Backward(dpre_MW, y_MF, parameters, dbias.sum(0) if form.bias else None)
 
 
@@ -168,9 +157,10 @@ def _run(epilogue, tile: Tile, a: Tensor, b: Tensor, d: Tensor | None, c: Tensor
 
 
 def _form(activation: Activation, p: Values, bias: Tensor | None, dtype: torch.dtype, *, by_output: bool) -> Form:
-    learned = tuple(i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor))
+    symbols = learned(activation, p)
+    indices = tuple(i for i, q in enumerate(activation.parameters) if q.symbol in symbols)
     function = device_function(activation).__name__
-    return Form(function, len(activation.parameters), learned, activation.gated, bias is not None, dtype, by_output)
+    return Form(function, len(activation.parameters), indices, activation.gated, bias is not None, dtype, by_output)
 
 
 def _scalars(activation: Activation, p: Values) -> dict[str, Tensor | float]:

@@ -24,15 +24,13 @@ from megatron_xact.kernels.triton_launch import (
     contiguous,
     device_of,
     evaluated,
+    learned,
     load_biased,
     load_parameters,
-    serves,
     slots,
     store_sums,
     sum_along,
 )
-
-__all__ = ["backward", "backward_amax", "forward", "forward_amax", "serves"]
 
 # Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU.
 NUM_WARPS = 8
@@ -212,15 +210,15 @@ def backward(
     """As `fp8.backward`."""
     x, num_rows, num_columns = _matrix(activation, x)
     dx = empty(num_rows, x.shape[-1], x, scaling, dtype, rows, columns)
-    learned = [symbol for symbol, value in p.items() if isinstance(value, Tensor)]
+    symbols = learned(activation, p)
     programs = _programs(num_rows, num_columns) * (1 + activation.gated)
     # zeros: of the two programs of a gated tile, one has no such sums
-    dp = x.new_zeros(len(learned), programs, dtype=torch.float32)
+    dp = x.new_zeros(len(symbols), programs, dtype=torch.float32)
     dbias = x.new_empty(triton.cdiv(num_rows, BLOCK), x.shape[-1], dtype=torch.float32) if bias is not None else None
     amax = _launch_backward(activation, x, p, dy, bias, dx, scaling, dtype, dbias, dp)
     return QuantizedBackward(
         dx if amax is None else _with_amax(dx, amax),
-        dict(zip(learned, dp.sum(1), strict=True)),
+        dict(zip(symbols, dp.sum(1), strict=True)),
         None if dbias is None else dbias.sum(0),
     )
 
@@ -301,10 +299,9 @@ def _launch(activation, x, p, programs, scaling: Scaling | None, dtype, num_warp
 
 def _matrix(activation: Activation, x: Tensor) -> tuple[Tensor, int, int]:
     """(x as a contiguous [R, W], R, C)."""
-    if activation.gated and x.shape[-1] % 2:
-        raise ValueError(f"a gated activation splits the last dimension in two; got shape {tuple(x.shape)}")
+    columns = activation.output_shape(x.shape)[-1]
     x = x.reshape(-1, x.shape[-1]).contiguous()
-    return x, x.shape[0], x.shape[1] // (1 + activation.gated)
+    return x, x.shape[0], columns
 
 
 def _scales(q: Quantized, scaling: Scaling | None) -> tuple[Tensor | None, Tensor | None]:

@@ -19,10 +19,16 @@ from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
 from megatron_xact.kernels import triton_gemm_hopper as hopper
 from megatron_xact.kernels import triton_gemm_pointer as pointer
-from megatron_xact.kernels.backends import triton_unavailable_reason
-from megatron_xact.kernels.device_functions import device_function
 from megatron_xact.kernels.linear import BACKWARD, FORWARD, Backward, tile_named
-from megatron_xact.kernels.triton_launch import constants, contiguous, device_of, slots
+from megatron_xact.kernels.triton_launch import (
+    constants,
+    contiguous,
+    device_of,
+    learned,
+    no_product_reason,
+    slots,
+    unserved_reason,
+)
 
 REGISTERS = 65536  # of a multiprocessor
 
@@ -81,17 +87,9 @@ AMPERE = {
 
 def unavailable_reason(activation: Activation, dtype: torch.dtype, device: torch.device) -> str | None:
     """As `linear.unavailable_reason`."""
-    if device_function(activation) is None:
-        return f"{activation.name} has no Triton device function"
-    if activation.eps:
-        return f"{activation.name} with eps keeps the bits of eager code, which no fused pass does"
     if triton.knobs.runtime.interpret:
-        return None
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"tensor cores would round {dtype} operands; only bf16 and fp16 are multiplied here"
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on an NVIDIA GPU"
-    if reason := triton_unavailable_reason():
+        return unserved_reason(activation, dtype)
+    if reason := no_product_reason(activation, dtype, device):
         return reason
     major, minor = torch.cuda.get_device_capability(device)
     return None if major < 10 else f"no kernel was compiled for compute capability {major}.{minor}, newer than Hopper"
@@ -123,17 +121,17 @@ def forward(
     if not y.numel():
         return pre, y
     sizes = rows, columns, x.shape[1]
-    learned, grid, options = slots(activation, p), _grid(tile, rows, columns, x.device), _options(activation, p, tile)
+    values, grid, options = slots(activation, p), _grid(tile, rows, columns, x.device), _options(activation, p, tile)
     with device_of(x):
         if tile.tma:
             w_gate, w_up = _halves(activation, w, 0, (tile.n, tile.k))
             pre_gate, pre_up = _halves(activation, pre, 1, (tile.m, tile.n // tile.parts))
             hopper.forward_kernel[grid](
                 _described(x, (tile.m, tile.k)), w_gate, w_up, pre_gate, pre_up,
-                _described(y, (tile.m, tile.n // tile.parts)), contiguous(bias_W), *learned, *sizes, **options,
+                _described(y, (tile.m, tile.n // tile.parts)), contiguous(bias_W), *values, *sizes, **options,
             )  # fmt: skip
         else:
-            pointer.forward_kernel[grid](x, w, pre, y, contiguous(bias_W), *learned, *sizes, **options)
+            pointer.forward_kernel[grid](x, w, pre, y, contiguous(bias_W), *values, *sizes, **options)
     return pre, y
 
 
@@ -147,7 +145,7 @@ def backward(
     dpre, y = torch.empty_like(pre), pre.new_empty(rows, columns) if emit_y else None
     if not isinstance(tile, Tile):
         tile = tile_named(tile, candidates(BACKWARD, activation, dout, w, pre, bias=bias_W is not None))
-    symbols = [q.symbol for q in activation.parameters if isinstance(p[q.symbol], Tensor)]
+    symbols = learned(activation, p)
     row_blocks = triton.cdiv(rows, tile.m)
     dp = dout.new_empty(len(symbols), row_blocks * triton.cdiv(columns, tile.n), dtype=torch.float32)
     dbias = dout.new_empty(row_blocks, pre.shape[1], dtype=torch.float32) if bias_W is not None else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Values
+from megatron_xact.kernels.backends import triton_unavailable_reason
 from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_function
 
 
@@ -75,28 +76,40 @@ def store_sums(dp_ptr, place, places, s0, s1, s2, LEARNED: tl.constexpr):
         tl.store(dp_ptr + ((LEARNED & 1) + (LEARNED >> 1 & 1)) * places, tl.sum(s2))
 
 
-def serves(activation: Activation, x: Tensor) -> bool:
-    """Has this activation a kernel for x's dtype? fp64 has none, nor has a record with eps (the bits of eager code)."""
-    return unserved_reason(activation, x) is None
-
-
-def unserved_reason(activation: Activation, x: Tensor) -> str | None:
-    """Why this activation has no kernel for x, or None."""
+def unserved_reason(activation: Activation, dtype: torch.dtype) -> str | None:
+    """Why this activation has no kernel for x of this dtype, or None."""
     if len(activation.parameters) > MAX_PARAMETERS:
         return f"it has more than {MAX_PARAMETERS} parameters"
     if device_function(activation) is None:
         return "it has no device function (kernels/device_functions.py)"
     if activation.eps:
         return "eps asks for the bits of eager code"
-    return None if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"no kernel computes in {x.dtype}"
+    return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"no kernel computes in {dtype}"
+
+
+def no_product_reason(activation: Activation, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel here multiplies matrices of this dtype and applies this activation, or None."""
+    if reason := unserved_reason(activation, dtype):
+        return reason
+    if dtype == torch.float32:
+        return f"tensor cores would round {dtype} operands; only bf16 and fp16 are multiplied here"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on an NVIDIA GPU"
+    return triton_unavailable_reason()
+
+
+def learned(activation: Activation, p: Values) -> list[str]:
+    """Symbols of the parameters that are tensors, in the record's order, whatever the order of p."""
+    return [q.symbol for q in activation.parameters if isinstance(p[q.symbol], Tensor)]
 
 
 def constants(activation: Activation, p: Values) -> dict:
     """Compile-time arguments and options that follow from the activation and which of its parameters are tensors."""
+    tensors = learned(activation, p)
     return {
         "FUNCTION": device_function(activation),
         "GATED": activation.gated,
-        "LEARNED": sum(1 << i for i, q in enumerate(activation.parameters) if isinstance(p[q.symbol], Tensor)),
+        "LEARNED": sum(1 << i for i, q in enumerate(activation.parameters) if q.symbol in tensors),
         "enable_fp_fusion": True,  # Triton means to change its default
     }
 

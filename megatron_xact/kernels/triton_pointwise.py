@@ -27,15 +27,13 @@ from megatron_xact.kernels.triton_launch import (
     constants,
     contiguous,
     device_of,
+    learned,
     load_biased,
     load_parameters,
-    serves,
     slots,
     store_sums,
     sum_along,
 )
-
-__all__ = ["backward", "forward", "serves"]
 
 
 class Tile(NamedTuple):
@@ -165,14 +163,14 @@ def backward(
     """As `reference.backward`: one pass, and for each sum over elements an addition of its partial sums."""
     x, rows, columns = _matrix(activation, x, rowwise=bias is not None or scale is not None)
     grid, options = launch(activation, p, BACKWARD, rows, columns)
-    learned = [symbol for symbol, value in p.items() if isinstance(value, Tensor)]
+    symbols = learned(activation, p)
 
     def partial_sums(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     dx = torch.empty_like(x)
     y = x.new_empty(activation.output_shape(x.shape)) if emit_y else None
-    dp = partial_sums(len(learned), *grid)
+    dp = partial_sums(len(symbols), *grid)
     dbias = partial_sums(triton.cdiv(rows, options["TILE_ROWS"]), x.shape[-1]) if bias is not None else None
     dscale = partial_sums(rows, triton.cdiv(columns, options["TILE_COLUMNS"])) if scale is not None else None
     if x.numel():
@@ -184,7 +182,7 @@ def backward(
     # torch.sum has a fixed order for a given shape; each of these is 1/4096 to 1/32 of the data
     return Backward(
         dx,
-        dict(zip(learned, dp.sum(1), strict=True)),
+        dict(zip(symbols, dp.sum(1), strict=True)),
         dbias.sum(0) if dbias is not None else None,
         dscale.sum(1).reshape(scale.shape) if scale is not None else None,
         y,

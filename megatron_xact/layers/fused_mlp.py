@@ -63,7 +63,7 @@ def way_for(mlp: ActivationMLP, hidden_states: Tensor) -> Way | None:
     It is decided at a layer's first forward pass in training, which all ranks of its tensor-parallel group make
     together, and stays: other numbers of tokens, as in evaluation, go the same way. (FP8 is no matter of speed: also
     a run that only evaluates has it.) A call to a layer with hooks that must see what fusion does not make takes
-    Megatron's.
+    Megatron's; such hooks that come later are to come on every rank of the group, whose collectives differ.
     """
     if mlp.way is None and (mlp.training or mlp_choice.selected() == FP8):
         mlp.way = decide(mlp, hidden_states, unfit(mlp))
@@ -91,8 +91,6 @@ def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> Way
         raise ValueError(_cannot(named, reason))
     if named:
         return _said(Way(named), "it is named in [xact]")
-    if unfit_:
-        return _said(UNFUSED, unfit_)
     if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
         return _said(UNFUSED, "its first step is captured in a CUDA graph, where nothing can be measured")
     shape = Shape(
@@ -102,11 +100,12 @@ def decide(mlp: ActivationMLP, hidden_states: Tensor, unfit_: str | None) -> Way
         dtype=weight_1.dtype,
         bias=bias is not None and bias.numel() > 0,  # TransformerEngine's layers without one have an empty one
     )
-    here = [backend for backend in linear.BACKENDS if backend not in reasons]
+    # none where it cannot be fused, which the other ranks then hear of: somebody may have hooks on one of them alone
+    here = [] if unfit_ else [backend for backend in linear.BACKENDS if backend not in reasons]
     found = agree(mlp.tp_group, device, here, lambda among: mlp_choice.choose(activation, shape, device, among))
     if found is None:
         why = "; ".join(f"{backend}: {reasons.get(backend, 'not on every rank')}" for backend in linear.BACKENDS)
-        return _said(UNFUSED, why)
+        return _said(UNFUSED, unfit_ or why)
     way, choice = found
     return way if choice is None else _said(way, choice.reason)
 

@@ -76,6 +76,8 @@ class ScaledDotProductAttention(MegatronModule):
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("packed sequences and attention bias need TransformerEngine's attention")
         s, b, n, d = query.shape
+        if key.shape[0] != s:
+            raise ValueError(f"{s} queries, {key.shape[0]} keys: a cache of keys needs TransformerEngine's attention")
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, d]
         dropout = self.dropout if self.training else 0.0
         # other heads on every tensor-parallel rank, so other masks; with sequence parallelism the block forks already

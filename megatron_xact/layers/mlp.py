@@ -32,9 +32,13 @@ class ActivationMLP(MLP):
                 f"{flag} --swiglu (it sizes fc1 and the FLOP count; the activation itself comes from the spec)"
             )
         super().__init__(config, submodules, *args, **kwargs)
-        self.activation_func = TrainableActivation(activation, self.tp_group)
+        self.activation_func = self.make_activation(activation)
         self.way: Way | None = None  # of fused_mlp.decide, once it is decided
         self.layer_number = 0
+
+    def make_activation(self, activation: Activation) -> TrainableActivation:
+        """What comes between the linear layers, which are there already."""
+        return TrainableActivation(activation, self.tp_group)
 
     def set_layer_number(self, layer_number: int) -> None:
         """In the whole model, from 1; Megatron's layer tells it, since some of its MLPs ask."""

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup, Work
 
 from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Grads
+from megatron_xact.kernels.ops import learned_of
 
 if TYPE_CHECKING:
     from megatron_xact.layers.mlp import ActivationMLP
@@ -71,8 +72,8 @@ class Call:
 
     def of_learned(self, sums: Grads, learned: Sequence[Tensor]) -> list[Tensor]:
         """Gradients in the order, shapes and dtypes of the learned parameters."""
-        symbols = [q.symbol for q in self.activation.trainable]
-        return [sums[symbol].reshape(t.shape).to(t.dtype) for symbol, t in zip(symbols, learned, strict=True)]
+        found = zip(learned_of(self.activation, sums), learned, strict=True)
+        return [value.reshape(t.shape).to(t.dtype) for value, t in found]
 
 
 class Function(Protocol):
@@ -89,13 +90,12 @@ def run(mlp: ActivationMLP, hidden_states: Tensor, function: Function) -> tuple[
     for module in (fc1, activation_func, fc2):
         for hook in module._forward_pre_hooks.values():  # DDP's: parameters on their way are waited for
             hook(module, ())
-    p = activation_func.differentiable_values()
     activation = activation_func.activation
+    learned = learned_of(activation, activation_func.differentiable_values())
     call = Call(
         activation, mlp.tp_group, fc1.sequence_parallel, fc1.gradient_accumulation_fusion,
         activation_func.tell_hooks, bool(activation_func._forward_hooks),
     )  # fmt: skip
-    learned = [p[q.symbol] for q in activation.trainable]
     out = function(hidden_states, fc1.weight, fc1.bias, fc2.weight, call, *learned)
     if fc2.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(out, group=mlp.tp_group), fc2.bias

@@ -16,16 +16,20 @@ import sys
 import threading
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_xact.pretraining import signals
+
+SAVING = 600  # seconds that ranks get after a signal; torchrun's own 30 are too few for a checkpoint
 
 
 def main() -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    for each in signals.handled():
+        signal.signal(each, _end)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.handled())
     threading.Thread(target=_let_one_through, daemon=True).start()
     try:
@@ -38,11 +42,24 @@ def main() -> int:
     return 0
 
 
+def _end(number: int, _frame: object) -> None:
+    """What torchrun's --signals-to-handle makes of a signal, which torch 2.8 lacks: the ranks get it, too."""
+    raise SignalException(f"signal {number}", signal.Signals(number))
+
+
 def _let_one_through() -> None:
     first = {signal.sigwait(signals.handled())}
+    _give_time_to_save()
     signal.raise_signal(*first)  # held back in this thread too, until here
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, first)  # torchrun's handler runs in the main thread
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, first)  # the handler runs in the main thread
     signal.pthread_sigmask(signal.SIG_BLOCK, first)
+
+
+def _give_time_to_save() -> None:
+    """torchrun's --shutdown-timeout, which torch 2.11 and earlier lack. Not before a signal: where a rank has failed,
+    the others need no more than 30 s."""
+    close = PContext.close
+    PContext.close = lambda self, death_sig=None, timeout=SAVING: close(self, death_sig, max(timeout, SAVING))
 
 
 if __name__ == "__main__":

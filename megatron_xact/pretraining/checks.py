@@ -281,7 +281,15 @@ def optimizer(args: Namespace, activation: ActivationConfig) -> None:
     # Megatron's plain 16-bit optimizer numbers only the 16-bit parameters when it saves; the alphas are fp32.
     sixteen_bit = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     learned = activation.record().trainable
-    if sixteen_bit and learned and args.save is not None and not args.use_distributed_optimizer:
+    needed = sixteen_bit and learned and args.save is not None
+    if args.optimizer == "sgd" and (args.use_distributed_optimizer or needed) and not args.optimizer_cpu_offload:
+        needs = f", which {sixteen_bit} with a trainable activation needs" if needed else ""
+        without = f"{sixteen_bit} and use-distributed-optimizer" if needed else "the latter"
+        raise ValueError(
+            f"optimizer = 'sgd' does not go with use-distributed-optimizer{needs}: Megatron shards the state of Adam "
+            f"only; use optimizer = 'adam', or leave {without} out"
+        )
+    if needed and not args.use_distributed_optimizer:
         raise ValueError(
             f"{sixteen_bit} with a trainable activation needs use-distributed-optimizer = true, on one process "
             "too: Megatron's plain 16-bit optimizer cannot save fp32 parameters among the others"

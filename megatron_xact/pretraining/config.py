@@ -205,6 +205,10 @@ class RunConfig:
             words += ["--eval-interval", str(EVAL_INTERVAL)]
         if self.xact.loader == "dali":
             words += ["--dataloader-type", "external"]
+        no_mask = "no-create-attention-mask-in-dataloader"
+        if no_mask not in self.megatron and not self.megatron.get("reset-attention-mask"):
+            # attention is causal without; Megatron's default hands [b, 1, s, s] to every rank with every micro-batch
+            words += [f"--{no_mask}"]
         return words + (["--swiglu"] if self.activation.record().gated else [])
 
     @property

@@ -25,6 +25,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+import torch.utils._device
 from torch.nn import functional
 
 from megatron_xact.pretraining import mends
@@ -65,6 +66,11 @@ def _on_cpu(device) -> torch.device | str | int | None:
 
 
 def _redirect_devices() -> None:
+    # torch keeps a set of the factories that `with torch.device(...)` redirects, made when first asked for. Made after
+    # the factories are replaced, transformers' `with torch.device("meta")` would redirect none of them and leave
+    # buffers such as RoPE's frequencies uninitialised.
+    torch.utils._device._device_constructors()
+
     def redirected(function):
         @functools.wraps(function)
         def call(*args, **kwargs):

@@ -14,6 +14,7 @@ PREEMPTED = 75  # a signal ended the run in order; the same command goes on (EX_
 NAN = 76  # the loss or a gradient is NaN or infinite
 HANG = 77  # no step was completed within hang-timeout
 REPLICAS = 78  # replicated parameters differ between tensor-parallel ranks
+TAKEN = 79  # a run is at work in the folder: nothing was started; once that has ended, the same command goes on
 INTERRUPTED = 130  # Ctrl-C
 
 OF_KIND = {"nan": NAN, "hang": HANG, "replicas": REPLICAS, "user": USER_ERROR}

@@ -3,7 +3,8 @@
     kind       what happened                                                         what is done about it
     killed     a rank ended without a word: kill -9, out of memory, its node lost    on-failure
     hang       no step was completed within hang-timeout                             on-failure
-    network    a collective failed (mostly because another rank had failed)          on-failure
+    network    a collective failed (mostly because another rank had failed), or a    on-failure
+               file system or host could not be reached
     device     an error of the GPU or its driver                                     on-failure
     node       a node's launcher is not heard of any more                            on-failure
     launcher   srun or torchrun ended before any rank began                          stop: it would again
@@ -14,12 +15,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.status import Status
 
 ON_FAILURE = ("killed", "hang", "network", "device", "node")
@@ -29,7 +32,12 @@ FILE = "failures.jsonl"
 _NETWORK = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL error",
     "ncclRemoteError", "ncclSystemError", "ncclInternalError", "Timed out waiting", "Watchdog caught collective",
-    "Gloo connectFullMesh failed",
+    "Gloo connectFullMesh failed", "DistNetworkError", "DistStoreError",
+)  # fmt: skip
+# What a file system or a host answers that cannot be reached for a while; a user's mistake is answered otherwise.
+_UNREACHABLE = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET,
 )  # fmt: skip
 _DEVICE = ("CUDA error", "CUDA driver error", "cuBLAS error", "CUBLAS_STATUS", "uncorrectable ECC", "AcceleratorError")
 
@@ -62,6 +70,8 @@ def of_exception(error: BaseException) -> tuple[str, str]:
         return "replicas", text
     if found := re.search(r"Unexpected result (.*?) \(message='(.*?)'\)", text):  # Megatron's, of losses and gradients
         return "nan", f"{found[2]}: {found[1]}"
+    if is_unreachable(error):
+        return "network", why_not(error)
     if "out of memory" in text:
         return "error", reason
     if any(words in reason for words in _DEVICE):
@@ -69,6 +79,11 @@ def of_exception(error: BaseException) -> tuple[str, str]:
     if any(words in reason for words in _NETWORK):
         return "network", reason
     return "error", reason
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Is it a file system's or a host's that could not be reached: nobody's mistake, and gone another time?"""
+    return isinstance(error, OSError) and error.errno in _UNREACHABLE
 
 
 def of_megatrons_exit(code: int) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from megatron_xact.pretraining import signals
 
 KINDS = ("torchrun", "srun", "srun-torchrun")
-SAVING = 600  # seconds that torchrun gives ranks after it passed a signal on; its own 30 are too few for a checkpoint
 
 
 @dataclass
@@ -75,10 +74,8 @@ class Launcher:
             where += ["--rdzv-endpoint", rendezvous]
         else:
             where = ["--standalone"]
-        # A signal that torchrun does not handle ends it at once, and leaves its ranks behind.
-        handled = ",".join(dict.fromkeys(["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", plan.signal]))
         agent = ["-m", "megatron_xact.pretraining.agent", *where, "--nproc-per-node", str(plan.per_node)]
-        agent += ["--max-restarts", "0", "--signals-to-handle", handled, "--shutdown-timeout", str(SAVING)]
+        agent += ["--max-restarts", "0"]
         return [*self.wrap, self.python, *agent, *plan.program, *plan.words]
 
 

@@ -15,18 +15,9 @@ from matplotlib.figure import Figure
 
 from megatron_xact.pretraining import drawing, report
 from megatron_xact.pretraining.report import Report
+from megatron_xact.whole import partial
 
 _DPI = 130
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: its `save`")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the pictures go (default: RUN/plots; of several runs: plots in the current folder)",
-    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,8 +75,6 @@ def _comparisons(reports: list[Report]) -> Iterator[tuple[str, Figure]]:
 
 
 def _read(run: Path) -> Report:
-    if not run.is_dir():
-        raise FileNotFoundError(f"no such folder: {run}")
     found = report.read(run)
     if not (found.loss or found.alphas or found.statistics):
         present = [name for name in report.FILES if (run / name).exists()]
@@ -117,7 +106,7 @@ def _labels(runs: list[Path]) -> list[str]:
 def _save(figure: Figure, path: Path) -> Path:
     """Whole or not at all: someone may be looking at the run's last picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial(path)
     figure.savefig(temporary, dpi=_DPI, format="png")
     os.replace(temporary, path)
     return path

@@ -35,6 +35,7 @@ from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import RunConfig
 from megatron_xact.pretraining.files import write_text
 from megatron_xact.pretraining.launchers import Plan
+from megatron_xact.pretraining.taking import Taken, taking
 from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
 
 if TYPE_CHECKING:
@@ -59,13 +60,22 @@ def main(args: argparse.Namespace) -> int:
             # A thread per core in all: ranks that each take every core would only wait for each other.
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.per_node)))
             supervisor.replace_this_process(plan, args.node_rank, args.rendezvous)
-        if plan.folder is not None and (taken := status.why_taken(plan.folder)):
-            raise ValueError(taken)
-        _be_the_only_rank()
+        try:
+            with taking(plan.folder):
+                _be_the_only_rank()
+                return _rank(config, args.quiet)
+        except Taken as error:
+            print(f"xact: error: {error}", file=sys.stderr)
+            return exits.TAKEN
+    return _rank(config, args.quiet)
+
+
+def _rank(config: RunConfig, quiet: bool) -> int:
+    """Train, as one of the ranks; the exit code."""
     signals.hold_in_rank(config.launch.signal)
     run_folder = Path(config.megatron["save"]) if "save" in config.megatron else None
     try:
-        with _output(config, args.quiet) as terminal:
+        with _output(config, quiet) as terminal:
             rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             with Watchdog(run_folder, rank, ranks, config.launch.hang_timeout, terminal) as watchdog:
                 return _train(config, run_folder, watchdog, terminal)
@@ -183,6 +193,8 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         words = _words(config, added, run_folder) + _choose_checkpoint(config, ranks, terminal)
         args, container, monitor, keeper, stop = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
+        if failures.is_unreachable(error):  # not the user's
+            raise RuntimeError("a file system or a host could not be reached") from error
         reason = arguments.refusal(error)
         if os.environ["RANK"] != "0":  # mostly all ranks fail alike, and the first one says it; else the launcher
             watchdog.end("user", reason)
@@ -212,14 +224,11 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         if _is_to_go_on(args, run_folder, watchdog, terminal) and args.world_size == 1 and not watchdog.supervised:
             return exits.PREEMPTED
     except ReplicaMismatch as error:
-        if run_folder is None and mpu.get_tensor_model_parallel_rank() != 0:  # its group's first rank says the same
-            raise SystemExit(exits.REPLICAS) from None
-        return _fail(watchdog, "replicas", str(error), terminal)
+        first = mpu.get_tensor_model_parallel_rank() == 0  # the others of its group say the same
+        return _fail(watchdog, "replicas", str(error), terminal, says=first or run_folder is not None)
     except (NoSpace, CheckpointException) as error:
-        if args.rank != 0:  # every rank fails alike; the first one says so
-            raise SystemExit(exits.FAILED) from None
         told = why_not_written(error, run_folder) if isinstance(error, CheckpointException) else str(error)
-        return _fail(watchdog, "error", told, terminal)
+        return _fail(watchdog, "error", told, terminal, says=args.rank == 0)  # every rank fails alike
     except Unsupported as error:  # every rank builds the same layers; one of them says so
         if args.rank != 0:
             watchdog.end("user", str(error))
@@ -237,10 +246,9 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
     except AssertionError as error:
         if not (args.fp16 and traceback.extract_tb(error.__traceback__)[-1].line == "assert len(steps) == 1"):
             raise
-        if args.rank != 0:
-            raise SystemExit(exits.FAILED) from None
         told = "fp16 without an optimizer step cannot be saved, and its loss scale has had all steps skipped so far"
-        return _fail(watchdog, "error", f"{told}: lower initial-loss-scale, or save later", terminal)
+        told += ": lower initial-loss-scale, or save later"
+        return _fail(watchdog, "error", told, terminal, says=args.rank == 0)
     finally:
         if keeper is not None:
             keeper.close()
@@ -278,10 +286,13 @@ def _is_to_go_on(args, run_folder: Path | None, watchdog: Watchdog, terminal: Te
     return signal is not None
 
 
-def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO) -> int:
-    """What ended this rank, told in one line, by the launcher where it can read it in a run's folder; the exit code."""
+def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO, says: bool = True) -> int:
+    """What ended this rank, told in one line, by the launcher where it can read it in a run's folder; the exit code.
+
+    says: without such a launcher, the line is this rank's to print.
+    """
     watchdog.end(kind, reason)
-    if not watchdog.supervised or watchdog.folder is None:
+    if says and (not watchdog.supervised or watchdog.folder is None):
         rank = watchdog.status
         failure = failures.Failure(kind, rank.rank, rank.host, rank.step, reason)
         print(f"xact: error: {failure.line()}", file=terminal, flush=True)

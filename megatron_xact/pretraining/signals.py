@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -63,6 +64,14 @@ def _end_children() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def end_with_parent() -> None:
+    """In a process that has just been started, also for what it becomes: SIGTERM once its parent has died.
+
+    So no run goes on without its launcher; its ranks save what they have done and end.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

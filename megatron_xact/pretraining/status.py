@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_xact.pretraining.checkpointing.folder import tracked
 
 SLOWEST_BEAT = 10.0  # seconds
-_LONG_AGO = 3600.0  # seconds; more than clocks of two hosts differ by
 FLAG = "requeue"  # RUN/requeue: a signal ended the run in order, it is saved and to go on
 
 
@@ -51,51 +48,15 @@ def folder_of(run: Path) -> Path:
 
 def read(folder: Path, attempt: str, ranks: range) -> dict[int, Status]:
     """The statuses of those of `ranks` that have written one in this attempt."""
-    found = {rank: _status(path(folder, rank)) for rank in ranks}
+    found = {rank: of_file(path(folder, rank)) for rank in ranks}
     return {rank: s for rank, s in found.items() if s is not None and s.attempt == attempt}
 
 
-def at_work(run: Path) -> Status | None:
-    """A rank that trains into this folder now, of a run that was started before: two at once would undo one another.
-
-    On this host its launcher's mark in its process tells. One on another host, or without a launcher, may have died
-    without a last word: it is at work if it beats while this looks, for half a minute at most.
-    """
-    unended = [s for s in map(_status, folder_of(run).glob("*.json")) if s is not None and s.kind is None]
-    for s in unended:
-        if s.host == host_name() and s.pid in processes_of(s.attempt):
-            return s
-    unmarked = [s for s in unended if s.host != host_name() or (not s.attempt and Path(f"/proc/{s.pid}").exists())]
-    unsure = [s for s in unmarked if abs(time.time() - s.time) < _LONG_AGO]
-    if not unsure:
-        return None
-    latest = max(unsure, key=lambda s: s.time)
-    print(f"xact: looking whether rank {latest.rank} on {latest.host}, which has not said how it ended, is at work ...",
-          file=sys.stderr, flush=True)  # fmt: skip
-    until = time.monotonic() + 2.5 * SLOWEST_BEAT
-    while time.monotonic() < until:
-        time.sleep(0.5)
-        now = _status(path(folder_of(run), latest.rank))
-        if now is not None and now.kind is None and (now.attempt, now.beat) != (latest.attempt, latest.beat):
-            return now
-    return None
-
-
-def why_taken(run: Path) -> str | None:
-    """Why no other run may start in this folder: one is at work in it; None: none is."""
-    other = at_work(run)
-    if other is None:
-        return None
-    return (
-        f"a run is at work in {run}: rank {other.rank} on {other.host} (process {other.pid}), at step "
-        f"{max(other.step, 0)}; wait for its end, or name another folder by --save"
-    )
-
-
-def _status(file: Path) -> Status | None:
+def of_file(file: Path) -> Status | None:
+    """None where there is no whole status, or another version's."""
     try:
         return Status(**read_json(file))
-    except TypeError:  # no whole status, or another version's
+    except TypeError:
         return None
 
 

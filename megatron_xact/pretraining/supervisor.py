@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import secrets
@@ -30,6 +29,7 @@ from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.launchers import KINDS, Launcher, Plan
 from megatron_xact.pretraining.nodes import Nodes
 from megatron_xact.pretraining.status import FLAG
+from megatron_xact.pretraining.taking import Taken, taking
 
 GRACE = 10.0  # seconds that ranks have to end by themselves when there is nothing to save
 
@@ -65,6 +65,7 @@ class Supervisor:
         self.plan, self.launcher, self.nodes = plan, launcher, nodes
         self._child: subprocess.Popen | None = None
         self._passed_on = False  # a signal to this child
+        self._over_elsewhere: str | None = None  # why this child was ended
         self._restarts: Restarts | None = None
         if plan.folder is not None and nodes.leads:
             requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
@@ -82,6 +83,7 @@ class Supervisor:
             else:
                 attempt, code = self.nodes.next_attempt(attempt)
             if code is not None:
+                self.nodes.say(state="stop")
                 return code
             try:
                 returned = self._attempt(attempt)
@@ -104,12 +106,12 @@ class Supervisor:
         """Start all ranks (of this node) and wait for their end; the launcher's exit code."""
         began = time.monotonic()
         command, added = self.launcher.command(self.plan, attempt)
-        self._passed_on = False
+        self._passed_on, self._over_elsewhere = False, None
         self._child = subprocess.Popen(
             command,
             env={**os.environ, "XACT_ATTEMPT": attempt, "XACT_SIGNAL": self.plan.signal, **added},
             start_new_session=True,  # Ctrl-C and signals to the group come here only, and are passed on once
-            preexec_fn=_end_with_parent,
+            preexec_fn=signals.end_with_parent,
         )
         if signals.received():  # while there was no child
             self._pass_on()
@@ -118,7 +120,8 @@ class Supervisor:
                 return self._child.wait(0.5)
             except subprocess.TimeoutExpired:
                 self.nodes.beat()
-                if self.nodes.over_elsewhere(attempt, began):
+                if why := self.nodes.over_elsewhere(attempt, began):
+                    self._over_elsewhere = why
                     self._end(attempt, signal.SIGTERM)
 
     def _pass_on(self) -> None:
@@ -176,10 +179,12 @@ class Supervisor:
         return f" (see {file})" if more and file.is_file() else ""
 
     def _failure(self, said: dict) -> Failure:
-        lost = [node for node, words in self.nodes.followers().items() if not words]
+        lost = [node for node, words in self.nodes.followers().items() if not words and self.nodes.has_begun(node)]
         if lost:
             return Failure("node", None, f"node {lost[0]}", max((s.step for s in said.values()), default=-1),
                            "its launcher is not heard of any more")  # fmt: skip
+        if not said and self._over_elsewhere:
+            return Failure("launcher", None, "", -1, self._over_elsewhere)
         return failures.root_cause(said, self.plan.ranks)
 
     def _policy(self, failure: Failure) -> tuple[str, int | None]:
@@ -246,11 +251,6 @@ def _kill(attempt: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
-    """In the launched process: SIGTERM when this supervisor dies, so that no run goes on without one."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def replace_this_process(plan: Plan, node_rank: int, rendezvous: str | None) -> None:
     """Become the supervisor of `plan`, which is light; signals that arrive meanwhile are kept for it."""
     signals.hold(plan.signal)
@@ -276,12 +276,13 @@ def main() -> int:
         args.launcher, args.rendezvous, tuple(shlex.split(args.wrap)), tuple(shlex.split(args.srun)), args.python
     )
     try:
-        if plan.folder is not None and args.node_rank == 0 and (taken := status.why_taken(plan.folder)):
-            print(f"xact: error: {taken}", file=sys.stderr)
-            return exits.USER_ERROR
-        # SLURM sees all nodes of a job; by hand, each node has a supervisor of its own.
-        nodes = Nodes(plan.folder, args.node_rank, plan.nodes if args.launcher == "torchrun" else 1)
-        return Supervisor(plan, launcher, nodes).run()
+        with taking(plan.folder, args.node_rank):
+            # SLURM sees all nodes of a job; by hand, each node has a supervisor of its own.
+            nodes = Nodes(plan.folder, args.node_rank, plan.nodes if args.launcher == "torchrun" else 1)
+            return Supervisor(plan, launcher, nodes).run()
+    except Taken as error:
+        print(f"xact: error: {error}", file=sys.stderr)
+        return exits.TAKEN
     except KeyboardInterrupt:
         print("xact: interrupted", file=sys.stderr)
         return exits.INTERRUPTED

@@ -1,10 +1,11 @@
 """A thread on every rank that says the rank is alive, and ends it when no step is completed for too long.
 
 When a rank stops, the others wait for it in a collective, for ever or until NCCL's time-out, which names no culprit.
-Here each rank first writes its Python stacks to RUN/logs/stacks-rankN.txt. Then it looks at the others' statuses: one
-that does not beat any more is stopped (or its machine is lost); one that beats but is not inside a collective, as the
-rest are, is asleep or busy in Python; else the one with the fewest steps is behind. All ranks come to the same verdict,
-and end with the exit code for a hang, so that the launcher acts.
+Here each rank first writes its Python stacks to RUN/logs/stacks-rankN.txt. Then a few ranks, spread over the nodes, are
+the judges and look at the statuses of all: one that does not beat any more is stopped (or its machine is lost); one
+that beats but is not inside a collective, as the rest are, is asleep or busy in Python; else the one with the fewest
+steps is behind. The other ranks take over what a judge says; where none speaks, since all of them are stopped or gone,
+each looks at all statuses itself. All ranks end with the exit code for a hang, so that the launcher acts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from megatron_xact.pretraining.status import Status
 
 PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save
 _SLOW = ("save_checkpoint",)
+JUDGES = 8  # at most; each reads every rank's status twice, the others only what these say
+BEATS = 4  # between two looks at the statuses
 SILENT = "it is not heard of any more: stopped, or its node is lost"
 
 
@@ -67,7 +70,9 @@ class Watchdog(threading.Thread):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.end("done", "")
-        elif isinstance(error, (SystemExit, ValueError, OSError)):  # SystemExit: another rank tells it
+        elif isinstance(error, SystemExit):
+            self.end("user" if error.code == exits.USER_ERROR else "error", f"it ended with exit code {error.code}")
+        elif isinstance(error, (ValueError, OSError)) and not failures.is_unreachable(error):
             self.end("user", str(error))
         elif isinstance(error, KeyboardInterrupt):
             self.end("done", "interrupted")
@@ -116,16 +121,14 @@ class Watchdog(threading.Thread):
                 print(f"{time.ctime()}: no progress for {self._allowed():.0f} s", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
         stood_still = self._progress
-        rank, reason = self._verdict()
+        rank, reason = self._verdict(stood_still)
         if self._over.is_set() or self._progress != stood_still:  # it ended, or goes on after all
             return
-        seconds = time.monotonic() - stood_still
-        self.end("hang", f"no progress for {seconds:.0f} s: {reason}", rank)
-        if self.supervised and reason == SILENT:
+        self.end("hang", reason, rank)
+        if self.supervised and reason.endswith(SILENT):
             self._end_stopped(rank)
         elif not self.supervised or self.folder is None:
-            told = f"xact: error: rank {rank}, no progress for {seconds:.0f} s: {reason}"
-            print(told, file=self.terminal, flush=True)
+            print(f"xact: error: rank {rank}, {reason}", file=self.terminal, flush=True)
         os._exit(exits.HANG)
 
     def _end_stopped(self, rank: int) -> None:
@@ -134,17 +137,44 @@ class Watchdog(threading.Thread):
             if culprit.host == self.status.host and culprit.pid in status_files.processes_of(self.status.attempt):
                 os.kill(culprit.pid, signal.SIGKILL)
 
-    def _verdict(self) -> tuple[int, str]:
-        """(the culprit, what it does), from two looks at every rank's status, some beats apart."""
+    def _verdict(self, stood_still: float) -> tuple[int, str]:
+        """(the culprit, what is to be told of it); stood_still: time.monotonic() of the last progress."""
         if self.folder is None:
-            return self.status.rank, f"it is in {self.status.where}"
+            culprit, what = self.status.rank, f"it is in {self.status.where}"
+        else:
+            judges = judges_of(self.ranks)
+            if self.status.rank not in judges and (said := self._listen(judges)):
+                return said
+            culprit, what = self._judge()
+        return culprit, f"no progress for {time.monotonic() - stood_still:.0f} s: {what}"
+
+    def _listen(self, judges: range) -> tuple[int, str] | None:
+        """What one of the judges says; None: they had the time twice over, and none of them has spoken."""
+        for beat in range(4 * BEATS):
+            self._beat()
+            time.sleep(self.interval)
+            if beat < 2 * BEATS - 1:  # no one can know yet
+                continue
+            for judge in judges:
+                said = status_files.of_file(status_files.path(self.folder, judge))
+                if said is not None and (said.attempt, said.kind) == (self.status.attempt, "hang"):
+                    return judge if said.culprit is None else said.culprit, said.reason
+        return None
+
+    def _judge(self) -> tuple[int, str]:
+        """(the culprit, what it does), from two looks at every rank's status, some beats apart."""
         looks = []
         for _ in range(2):
-            for _ in range(4):
+            for _ in range(BEATS):
                 self._beat()
                 time.sleep(self.interval)
             looks.append(status_files.read(self.folder, self.status.attempt, self.ranks))
         return verdict(*looks, self.ranks)
+
+
+def judges_of(ranks: range) -> range:
+    """Evenly spread, so that no node's loss takes all of them."""
+    return ranks[:: -(-len(ranks) // JUDGES)]
 
 
 def verdict(before: dict[int, Status], now: dict[int, Status], ranks: range) -> tuple[int, str]:

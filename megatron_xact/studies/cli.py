@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_xact.argument_types import positive
 from megatron_xact.studies import commands
 from megatron_xact.studies.outside import Outside
 
@@ -130,16 +131,10 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _random_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bootstraps", type=_positive, default=1000, metavar="N",
+    parser.add_argument("--bootstraps", type=positive(int), default=1000, metavar="N",
                         help="of every interval (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstraps (default: 0)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="threads; results do not depend on it")
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    parser.add_argument("--workers", type=positive(int), metavar="N", help="threads; results do not depend on it")
 
 
 def _budget_argument(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +143,9 @@ def _budget_argument(parser: argparse.ArgumentParser) -> None:
 
 
 INTERVALS = """\
+a_opt = beta / (alpha + beta): the compute-optimal N grows as compute^a_opt. gamma = alpha beta / (alpha + beta): along
+that frontier L - E falls as compute^-gamma, compute being 6 N D.
+
 Intervals are of 95 %, from losses drawn about the law with the scatter that the runs show, between runs and between
 trunks (column trunk), and from runs drawn again; they hold the free form's too where equal exponents are only assumed.
 In simulated studies of 18 to 48 runs, or of 6 to 12 trunks, they held planted values in 92 % or more. What the runs do
@@ -161,7 +159,8 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation", nargs="+", default=[], metavar="NAME", help="default: each of the table")
     parser.add_argument("--form", choices=["auto", "free", "tied"], default="auto",
                         help="of the exponents; auto: what predicts the largest sizes better")  # fmt: skip
-    parser.add_argument("--hold-out", type=_positive, metavar="SIZES", help="how many sizes that is (default: a third)")
+    parser.add_argument("--hold-out", type=positive(int), metavar="SIZES",
+                        help="how many sizes that is (default: a third)")  # fmt: skip
     _budget_argument(parser)
     _random_arguments(parser)
     parser.add_argument("--check", action="store_true", help="also the classical grid of 4500 starts; about a minute")

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_xact.argument_types import natural, positive
 from megatron_xact.studies.outside import Outside
 
 PLAN_EPILOG = """\
@@ -48,14 +49,14 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.toml")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME)")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--tokens-per-second", type=_positive(float), metavar="N",
+    speed.add_argument("--tokens-per-second", type=positive(float), metavar="N",
                        help="of the largest size; hours from that, others by FLOPs")  # fmt: skip
     speed.add_argument("--gpu", metavar="KIND", help="a100, h100, h200: hours as `xact plan` expects them")
     speed.add_argument("--measure", action="store_true", help="train every model a few steps here; hours from that")
-    parser.add_argument("--gpus", type=_positive(int), default=1, metavar="N", help="per run, with --gpu (default: 1)")
-    parser.add_argument("--noise", type=_positive(float), default=0.002, metavar="NAT",
+    parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="per run, with --gpu (default: 1)")
+    parser.add_argument("--noise", type=positive(float), default=0.002, metavar="NAT",
                         help="sd of a run's loss, for the expected interval (default: 0.002)")  # fmt: skip
-    parser.add_argument("--multiplier", type=_positive(float), default=1.05, metavar="M",
+    parser.add_argument("--multiplier", type=positive(float), default=1.05, metavar="M",
                         help="compute multiplier to find, see compare; same use (default: %(default)s)")  # fmt: skip
 
 
@@ -67,19 +68,19 @@ def plan(args: argparse.Namespace, outside: Outside) -> int:
     made = planning.make(study, outside)
     folder = args.out or Path("runs") / made.name
     texts = planning.files(study, made, folder)
-    print(planning.text(made))
-    new = planning.write(texts, folder)
     lines, speed = [], None
     if args.tokens_per_second:
         speed = expectation.by_flops(made, args.tokens_per_second)
-    elif args.gpu:
+    elif args.gpu:  # before anything is written: it refuses GPUs that no batch divides over
         speed = expectation.Speed(
             f"{args.gpus} x {args.gpu} per run as `xact plan` expects, without starts",
             {(t.size, t.activation): outside.speed(
                 study.base, [(study.source, planning.config_of(study, t, folder))], args.gpu, args.gpus
             ) for t in made.trunks},
         )  # fmt: skip
-    elif args.measure:
+    print(planning.text(made))
+    new = planning.write(texts, folder)
+    if args.measure:
         speed = measuring.measure(made, folder)
     if speed:
         lines.append(expectation.hours_text(made, speed))
@@ -96,15 +97,15 @@ def plan(args: argparse.Namespace, outside: Outside) -> int:
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = RUN_EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a planned study")
-    parser.add_argument("--jobs", type=_positive(int), default=1, metavar="N",
+    parser.add_argument("--jobs", type=positive(int), default=1, metavar="N",
                         help="runs at a time (default: 1); of an array under --slurm (default: all)")  # fmt: skip
     _running_arguments(parser)
 
 
 def _running_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc-per-node", type=_positive(int), metavar="N",
+    parser.add_argument("--nproc-per-node", type=positive(int), metavar="N",
                         help="processes of each run (default: what its config needs)")  # fmt: skip
-    parser.add_argument("--retries", type=_natural, default=2, metavar="N", help="of a failed run (default: 2)")
+    parser.add_argument("--retries", type=natural, default=2, metavar="N", help="of a failed run (default: 2)")
     parser.add_argument("--slurm", action="store_true", help="as job arrays; where there is no sbatch, print them")
     parser.add_argument("--sbatch-options", default="", metavar="WORDS",
                         help="for every array, in one string; a single one: --sbatch-options=--time=60")  # fmt: skip
@@ -126,9 +127,9 @@ def gate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of both runs and the verdict")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
                         help="override one key of the config in both runs; may be repeated")  # fmt: skip
-    parser.add_argument("--threshold", type=_positive(float), default=0.01, metavar="NAT",
+    parser.add_argument("--threshold", type=positive(float), default=0.01, metavar="NAT",
                         help="largest gap that passes (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--window", type=_positive(int), metavar="STEPS",
+    parser.add_argument("--window", type=positive(int), metavar="STEPS",
                         help="at the end, that the gap is the mean of (default: a tenth of all)")  # fmt: skip
     _running_arguments(parser)
 
@@ -140,22 +141,3 @@ def gate(args: argparse.Namespace, outside: Outside) -> int:
     if args.slurm:
         return fp8_gate.submit(pair, args.threshold, args.window, args.nproc_per_node, args.sbatch_options)
     return fp8_gate.run(pair, args.threshold, args.window, args.nproc_per_node, args.retries)
-
-
-def _positive(kind: type):
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be a positive {'whole ' if kind is int else ''}number")
-        return value
-
-    return read
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 0 or more")
-    return int(text)

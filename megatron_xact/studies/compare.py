@@ -5,10 +5,10 @@ other E + R e^-h, so that a pair's difference is -2 R sinh h, and ln m = 2 h / g
 the proportion of the frontier, would take the baseline to the other's loss. Swapping the two gives 1/m exactly.
 
 The interval has two sources. *Noise of the differences*: pairs, or whole trunks where runs branch from one, are
-collapsed to one number each, and their scatter gives a t distribution. *The law*: what a loss difference is worth in
-compute depends on E and the exponents, so the law is refitted to resampled residuals (wild bootstrap by the same
-clusters, which keeps the design) and the interval is that of the mixture over these laws. At m = 1 the law cancels:
-the test of "no difference" is a t test.
+collapsed to one number each, and what each contributes to the scatter gives a t distribution. *The law*: what a loss
+difference is worth in compute depends on E and the exponents, so the law is refitted to resampled residuals (wild
+bootstrap by the same clusters, which keeps the design) and the interval is that of the mixture over these laws. At m =
+1 the law cancels: the test of "no difference" is a t test.
 
 The law here has free exponents. The tied form extrapolates better (forms.py), but where alpha and beta differ it prices
 a nat wrongly: in simulations with 0.27 and 0.16 the 95 % interval of m = 1.05 then held it in 0 of 100 studies.
@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import stats
 
 from megatron_xact.studies import effects, solver
 from megatron_xact.studies.diagnostics import SIGNIFICANT, outlying
 from megatron_xact.studies.effects import Estimate, Trend, t_interval
-from megatron_xact.studies.forms import require
+from megatron_xact.studies.forms import require, require_slope
 from megatron_xact.studies.law import PARAMETERS, Array, Law, Problem
 from megatron_xact.studies.pairs import (
     Ids,
@@ -75,13 +76,17 @@ class Comparison:
     @property
     def changes_with(self) -> list[str]:
         """The variables along which a trend was found: where there is one, no single number describes the pairs."""
-        return [name for name, t in self.trends.items() if isinstance(t, Trend) and t.p < SIGNIFICANT]
+        return _changing(self.trends)
 
     @property
     def excluded(self) -> float:
         """A deviation of m from 1, as a factor minus 1, that is excluded at the level; inf if none is."""
         low = self.multiplier.low  # 0: an open end of the interval
         return max(self.multiplier.high, 1 / low if low else np.inf) - 1
+
+
+def _changing(trends: dict[str, Trend | str]) -> list[str]:
+    return [name for name, t in trends.items() if isinstance(t, Trend) and t.p < SIGNIFICANT]
 
 
 def compare(
@@ -128,6 +133,7 @@ def _in_form(
                          f"{PARAMETERS[form]} parameters; {PARAMETERS[form] + 1} are the least")  # fmt: skip
     problem, phi, half = common_law(table, pairs, other, form)
     law = problem.law(phi)
+    require_slope(law, table, f"{table.name}, {baseline} and {other}")
     ids, clustered_by = clusters(pairs, effects.of_pairs(law, pairs)[0], cluster)
     count = int(ids.max()) + 1
     if count < 2:
@@ -135,19 +141,18 @@ def _in_form(
                          "second one nothing tells effect from noise")  # fmt: skip
     laws = problem.law(_refit(problem, phi, table, pairs, ids, draws, np.random.default_rng(seed), workers))
     value = 2 * half / float(law.gamma)
-    distribution = effects.mixture(*effects.of_clusters(laws, pairs, ids).mean(), laws.gamma, count - 1)
-    multiplier = effects.estimate(value, distribution, level)
-    p = distribution(0.0)
+    mean, error, freedom = effects.of_clusters(laws, pairs, ids).mean()
+    multiplier = effects.estimate(value, effects.mixture(mean, error, laws.gamma, freedom), level)
     return Comparison(
         baseline=baseline, other=other, pairs=tuple(pairs), unpaired=len(table) - 2 * len(pairs), level=level,
         clusters=count, clustered_by=clustered_by, multiplier=multiplier.exp(),
-        p=2 * min(p, 1 - p), difference=t_interval(differences(pairs), ids, level),
+        p=effects.p_of_none(mean, error, freedom), difference=t_interval(differences(pairs), ids, level),
         by_size=effects.by_group(law, laws, pairs, ids, [a.size for a, _ in pairs], level),
         by_tokens=_by_tokens(law, laws, pairs, ids, level), shares=effects.shares(law, pairs),
-        trends=effects.trends(law, laws, pairs, ids, level),
+        trends=(trends := effects.trends(law, laws, pairs, ids, level)),
         step_time=(time := _step_time(pairs, level)) and time.exp(),
         wall_clock=time and _minus(multiplier, time).exp(), law=law, form=form,
-        params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"), outliers=_outliers(law, pairs),
+        params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"), outliers=_outliers(law, pairs, trends),
     )  # fmt: skip
 
 
@@ -206,9 +211,16 @@ def _by_tokens(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float) -> dic
     return {name: found[name] for name in sorted(found, key=float)}
 
 
-def _outliers(law: Law, pairs: Pairs) -> tuple[tuple[Run, Run], ...]:
-    """By the rule of fits, for what a pair's difference is away from that of a typical pair, in nats."""
+def _outliers(law: Law, pairs: Pairs, trends: dict[str, Trend | str]) -> tuple[tuple[Run, Run], ...]:
+    """By the rule of fits, for what a pair's difference is away from that of a typical pair, in nats: of its size and
+    tokens, where the multiplier changes with them. Their slopes are medians of all pairs of points (Theil and Sen), so
+    that what is far off does not hide itself.
+    """
     x, weight = effects.of_pairs(law, pairs)
+    log_N, log_D = np.log(column_of(pairs, 0, "params")), np.log(column_of(pairs, 0, "tokens"))
+    for name, z in ((effects.SIZE, log_N), (effects.TOKENS, log_D - log_N)):
+        if name in _changing(trends):
+            x = x - stats.theilslopes(x, z).slope * z
     away = 2 * np.sqrt(weight) * (x - np.median(x))
     return tuple(both for both, out in zip(pairs, outlying(away), strict=True) if out)
 

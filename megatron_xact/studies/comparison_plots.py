@@ -17,13 +17,17 @@ from megatron_xact.studies.pairs import differences
 def multipliers(comparisons: Sequence[Comparison], path: Path) -> None:
     """A row per comparison, size and, where it matters, tokens per parameter; the line at 1 is no difference."""
     rows: list[tuple[str, Estimate, str, str]] = []
-    for i, c in enumerate(comparisons):
-        rows.append((f"{c.other}: compute", c.multiplier, f"C{i}", "D"))
-        rows += [(f"at {size}", e, f"C{i}", "o") for size, e in c.by_size.items()]
+    colour = figures.colours([c.other for c in comparisons])
+    first = []  # row of each comparison
+    for c in comparisons:
+        first.append(len(rows))
+        mine = colour[c.other]
+        rows.append((f"{c.other}: compute", c.multiplier, mine, "D"))
+        rows += [(f"at {size}", e, mine, "o") for size, e in c.by_size.items()]
         if TOKENS in c.changes_with:
-            rows += [(f"at {ratio} tokens / parameter", e, f"C{i}", "^") for ratio, e in c.by_tokens.items()]
+            rows += [(f"at {ratio} tokens / parameter", e, mine, "^") for ratio, e in c.by_tokens.items()]
         if c.wall_clock:
-            rows.append(("wall clock", c.wall_clock, f"C{i}", "s"))
+            rows.append((f"{c.other}: wall clock", c.wall_clock, mine, "s"))
     low, high = _reach([e for _, e, *_ in rows])
     with figures.figure(path, size=(7.4, 0.9 + 0.3 * len(rows))) as axes:
         ax = axes[0, 0]
@@ -37,6 +41,9 @@ def multipliers(comparisons: Sequence[Comparison], path: Path) -> None:
             if low <= e.value <= high:
                 ax.plot(e.value, y, marker, color=colour, ms=6 if marker == "D" else 4)
         ax.axvline(1, color="0.3", lw=1, ls="--")
+        for row in first[1:]:
+            ax.axhline(row - 0.5, color="0.6", lw=0.8)
+        ax.set_ylim(-0.7, len(rows) - 0.3)
         ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
         ax.invert_yaxis()
         notes = [f"{comparisons[0].level:.0%} intervals"]
@@ -70,12 +77,13 @@ def pairs(comparisons: Sequence[Comparison], path: Path) -> None:
     with figures.figure(path, 1, len(comparisons), size=(5.4, 3.8)) as axes:
         for ax, c in zip(axes[0], comparisons, strict=True):
             values = 1e3 * differences(c.pairs)
-            shade = figures.shades(list(c.by_size))
+            shade, named = figures.shades(list(c.by_size)), figures.listed(list(c.by_size))
             ratios = np.array([a.tokens / a.params for a, _ in c.pairs])
             for place, size in enumerate(c.by_size):
                 those = [i for i, (a, _) in enumerate(c.pairs) if a.size == size]
                 beside = 1.04 ** (place - (len(c.by_size) - 1) / 2)  # sizes side by side, not on top of each other
-                ax.plot(ratios[those] * beside, values[those], "o", ms=5, color=shade[size], label=size)
+                ax.plot(ratios[those] * beside, values[those], "o", ms=5, color=shade[size],
+                        label=size if size in named else "")  # fmt: skip
             ax.axhline(0, color="0.3", lw=1, ls="--")
             ax.set(xlabel="tokens per parameter", ylabel=f"loss of {c.other} - {c.baseline} (mnat)",
                    title=f"{c.other}: paired differences")  # fmt: skip

@@ -12,6 +12,7 @@ from megatron_xact.studies.law import PARAMETERS, Array
 from megatron_xact.studies.pairs import number
 from megatron_xact.studies.table import Run, Table, budgets, ratio_names
 
+GROUPS = 12  # of residuals at most: an IsoFLOP study has as many sizes as runs
 SIGNIFICANT = 0.05  # p below which something is called found
 
 
@@ -39,32 +40,39 @@ def seed_noise(table: Table) -> tuple[float, int] | None:
 
 
 def residuals_by(residuals: Array, runs: Sequence[Run], key: str) -> list[tuple[str, int, float, float]]:
-    """(group, runs, mean, rms) of the residuals, by "size" or by "tokens per parameter"."""
+    """(group, runs, mean, rms) of the residuals, by "size" or by "tokens per parameter"; neighbours together where
+    there are more than GROUPS of them.
+    """
+    return [(name, len(values), float(values.mean()), float(np.sqrt((values**2).mean())))
+            for name, values in _groups_of(residuals, runs, key)]  # fmt: skip
+
+
+def _groups_of(residuals: Array, runs: Sequence[Run], key: str) -> list[tuple[str, Array]]:
     if key == "size":
         groups = [r.size for r in runs]
         order = list(dict.fromkeys(r.size for r in sorted(runs, key=lambda r: (r.params, r.size))))
     else:
         groups = ratio_names(runs)
         order = sorted(set(groups), key=float)
-    rows = []
-    for group in order:
-        values = residuals[[g == group for g in groups]]
-        rows.append((group, len(values), float(values.mean()), float(np.sqrt((values**2).mean()))))
-    return rows
+    parts = np.array_split(order, min(len(order), GROUPS))
+    names = [str(part[0]) if len(part) == 1 else f"{part[0]}..{part[-1]}" for part in parts]
+    return [(name, residuals[np.isin(groups, part)]) for name, part in zip(names, parts, strict=True)]
 
 
 def fails_at(residuals: Array, table: Table, form: str) -> list[tuple[str, int, float]]:
     """(tokens per parameter, runs, mean residual) where the law is off by more than noise explains, at 5 % for all
-    groups together. Noise: that between seeds, or where none repeat the robust spread about the law.
+    groups together; by the median too, so that one diverged run is no misfit. Noise: that between seeds, or where none
+    repeat the robust spread about the law.
     """
     noise = seed_noise(table)
     if noise:
         sd, freedom = noise[0] / float(table.array("loss").mean()), noise[1]
     else:
         sd, freedom = robust_sd(residuals), len(residuals) - PARAMETERS[form]
-    groups = residuals_by(residuals, table.runs, "tokens per parameter")
+    groups = _groups_of(residuals, table.runs, "tokens per parameter")
     limit = max(sd, 1e-4) * float(stats.t.isf(SIGNIFICANT / 2 / len(groups), freedom))
-    return [(name, runs, mean) for name, runs, mean, _ in groups if abs(mean) > limit / np.sqrt(runs)]
+    return [(name, len(values), float(values.mean())) for name, values in groups
+            if min(abs(values.mean()), abs(np.median(values))) > limit / np.sqrt(len(values))]  # fmt: skip
 
 
 def robust_sd(residuals: Array) -> float:

@@ -49,12 +49,20 @@ class Effects:
     weight: Array
     gamma: Array
 
-    def mean(self) -> tuple[Array, Array]:
-        """Weighted mean and its standard error, [B]."""
-        total = self.weight.sum(1)
-        mean = (self.weight * self.x).sum(1) / total
-        scatter = (self.weight * (self.x - mean[:, None]) ** 2).sum(1) / (self.x.shape[1] - 1)
-        return mean, np.sqrt(scatter / total)
+    def mean(self) -> tuple[Array, Array, Array]:
+        """Weighted mean, its standard error and the degrees of freedom of that, [B].
+
+        The weights are right where noise is constant in nats. Noise of small models and few tokens is often larger, and
+        theirs are the largest weights, so the error comes from what each cluster contributes (HC2: MacKinnon and White,
+        1985), with the degrees of freedom of Bell and McCaffrey (2002), which few heavy clusters leave few of. Where
+        noise was a constant share of L - E, 95 % intervals from pooled scatter held 74 % instead.
+        """
+        share = self.weight / self.weight.sum(1, keepdims=True)
+        mean = (share * self.x).sum(1)
+        left = np.maximum(1 - share, 1e-12)
+        error = np.sqrt((share**2 * (self.x - mean[:, None]) ** 2 / left).sum(1))
+        spread = (share**2 * (1 - 2 * share) / left**2).sum(1) + (share**2 / left).sum(1) ** 2
+        return mean, error, 1 / spread
 
     def slope(self, z: Array) -> tuple[Array, Array]:
         """Weighted regression on z [G]: slope and its standard error, [B]."""
@@ -95,10 +103,16 @@ def _slopes(laws: Law, pairs: Pairs, ids: Ids, z: Array) -> Effects:
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
-def mixture(mean: Array, error: Array, gamma: Array, freedom: int) -> Callable[[float], float]:
+def mixture(mean: Array, error: Array, gamma: Array, freedom: Array | int) -> Callable[[float], float]:
     """Distribution function of ln m: under each law t around its mean, laws equally likely."""
     error = np.maximum(error, 1e-12)
     return lambda log_m: float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
+
+
+def p_of_none(mean: Array, error: Array, freedom: Array | int) -> float:
+    """p of the test that the mean is 0, two-sided; both tails are summed, since 1 - a tail knows no p below 1e-16."""
+    t = mean / np.maximum(error, 1e-12)
+    return min(1.0, 2 * min(float(special.stdtr(freedom, side * t).mean()) for side in (-1, 1)))
 
 
 def estimate(value: float, distribution: Callable[[float], float], level: float) -> Estimate:
@@ -172,21 +186,19 @@ def trends(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float) -> dict[st
     if len(z) < 3 or np.ptp(z) < 0.05:
         found[SIZE] = "it needs pairs of two sizes and three independent ones"
     else:
-        found[SIZE] = _trend(main.slope(z), effects.slope(z), law, laws, len(z) - 2, level)
+        found[SIZE] = _trend(main.slope(z)[0], *effects.slope(z), law, laws, len(z) - 2, level)
     ladders = number([(a.size, a.seed) for a, _ in pairs])
     main, slopes = (_slopes(of, pairs, ladders, log_D - log_N) for of in (law[None], laws))
-    count = slopes.x.shape[1]
-    if count < 2:
+    if slopes.x.shape[1] < 2:
         found[TOKENS] = "it needs two sizes or seeds with pairs at two token budgets each"
     else:
-        found[TOKENS] = _trend(main.mean(), slopes.mean(), law, laws, count - 1, level)
+        mean, error, freedom = slopes.mean()
+        found[TOKENS] = _trend(main.mean()[0], mean, error, law, laws, freedom, level)
     return found
 
 
-def _trend(main: tuple[Array, Array], drawn: tuple[Array, Array], law: Law, laws: Law, freedom: int, level: float
-           ) -> Trend:  # fmt: skip
-    """main: a slope and its error under the fitted law [1]; drawn: the same under all [B]."""
-    value = float(2 * main[0][0] / law.gamma)
-    distribution = mixture(*drawn, laws.gamma, freedom)
-    below = distribution(0.0)
-    return Trend(estimate(value, distribution, level), 2 * min(below, 1 - below))
+def _trend(main: Array, slope: Array, error: Array, law: Law, laws: Law, freedom: Array | int, level: float) -> Trend:
+    """main: the slope under the fitted law [1]; slope and error: under all [B]."""
+    value = float(2 * main[0] / law.gamma)
+    distribution = mixture(slope, error, laws.gamma, freedom)
+    return Trend(estimate(value, distribution, level), p_of_none(slope, error, freedom))

@@ -22,6 +22,11 @@ STYLE = {
 }  # fmt: skip
 
 
+# Of Okabe and Ito, which the colour-blind tell apart; without yellow, which is too light.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINES = ("-", "--", "-.", ":")  # beside colours, for black and white
+
+
 @contextmanager
 def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 4.1)):
     """Axes [rows, columns]; saved to `path` at the end."""
@@ -33,12 +38,20 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
 
 
 def shades(names: Sequence[str]) -> dict[str, tuple]:
+    """Darker and lighter in order, and none too light for white paper."""
     colours = matplotlib.colormaps["viridis"]
-    return {name: colours(0.9 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
+    return {name: colours(0.85 * i / max(1, len(names) - 1)) for i, name in enumerate(names)}
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    return {name: f"C{i % 10}" for i, name in enumerate(names)}
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def listed(names: Sequence[str], most: int = 12) -> set[str]:
+    """Those that a legend names: all, or a few along the order where they are too many."""
+    if len(names) <= most:
+        return set(names)
+    return {names[round(i * (len(names) - 1) / 5)] for i in range(6)}
 
 
 def plain_ticks(ax, x: Array) -> None:
@@ -51,6 +64,8 @@ def plain_ticks(ax, x: Array) -> None:
     if len(values) <= 10:
         ax.set_xticks(values, [format_count(v) for v in values])
         ax.set_xticks([], minor=True)
+    else:
+        counts(ax)
 
 
 def _count(value: float, _: int) -> str:

@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from megatron_xact.studies import solver, uncertainty
 from megatron_xact.studies.bars import bar
 from megatron_xact.studies.diagnostics import outlying
-from megatron_xact.studies.forms import Trial, choose, predict_largest, problem_of, relative_errors, require, solve
+from megatron_xact.studies.forms import (
+    Trial,
+    choose,
+    predict_largest,
+    problem_of,
+    relative_errors,
+    require,
+    require_slope,
+    solve,
+)
 from megatron_xact.studies.law import Array, Law, Problem, identifiable
 from megatron_xact.studies.solver import EXPONENTS, Optima
 from megatron_xact.studies.table import Table
@@ -98,7 +107,11 @@ def fit(
     if len(activations) != 1:
         raise ValueError(f"a law is of one activation; the table has {', '.join(activations)}")
     what = f"{table.name}, {activations[0]}"
-    require(table, what, "tied" if form == "auto" else form)
+    require(table, what, least := "tied" if form == "auto" else form)
+    require_slope(solve(table, least), table, what)
+    if hold_out and (left := len(table.sizes) - hold_out) < 3:
+        raise ValueError(f"{what}: without its {hold_out} largest sizes there are {max(0, left)} left, and a law in N "
+                         "needs at least 3; hold out fewer")  # fmt: skip
     drawn = {"bootstraps": bootstraps, "seed": seed, "workers": workers}
     trials = tuple(predict_largest(table, hold_out, **drawn)) if hold_out != 0 else ()
     known = len(trials[0].held_out) if trials else None

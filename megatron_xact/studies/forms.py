@@ -23,6 +23,13 @@ class Trial:
     margins: Array | None = None  # [runs, 2] of the 95 % prediction interval / measured - 1; nan: noise not known
 
     @property
+    def named(self) -> str:
+        """The held-out sizes, in words."""
+        if len(self.held_out) > 3:
+            return f"the {len(self.held_out)} sizes from {self.held_out[0]}"
+        return " and ".join(self.held_out)
+
+    @property
     def rms(self) -> float:
         return float(np.sqrt((self.errors**2).mean()))
 
@@ -46,14 +53,22 @@ def require(table: Table, what: str, form: str = "tied") -> None:
         raise ValueError(f"{what}: {_names(table.sizes, 'size')}; a law in N needs at least 3")
     per_size = [len({b for r, b in zip(table.runs, budgets(table.runs), strict=True) if r.size == s})
                 for s in table.sizes]  # fmt: skip
-    if max(per_size) == 1:
+    if max(per_size) == 1 and not identifiable(N, D, form):  # an IsoFLOP study may train every size once
         ratios = D / N
-        told = f" ({ratios.min():.3g} to {ratios.max():.3g} tokens per parameter)"
+        told = f" ({' to '.join(dict.fromkeys(f'{r:.3g}' for r in (ratios.min(), ratios.max())))} tokens per parameter)"
         raise ValueError(f"{what}: one token budget per size{told}; N and D cannot be told apart. "
                          "Train some sizes for other numbers of tokens too")  # fmt: skip
     if not identifiable(N, D, form):
         raise ValueError(f"{what}: its {len(table)} runs do not vary N and D independently enough for the {form} law; "
                          "add token budgets, best 3 or more for each of 3 sizes")  # fmt: skip
+
+
+def require_slope(law: Law, table: Table, what: str) -> None:
+    """ValueError unless losses fall along the law: by it nothing else would be worth a number."""
+    predicted = law.loss(table.array("params"), table.array("tokens"))
+    if np.ptp(predicted) < 1e-6 * predicted.mean():
+        raise ValueError(f"{what}: the loss falls neither with parameters nor with tokens (by the best law it is "
+                         f"{predicted.mean():.4g} everywhere); is its column the right one?")  # fmt: skip
 
 
 def _names(names: list[str], word: str) -> str:
@@ -118,7 +133,7 @@ def choose(form: str, trials: tuple[Trial, ...], table: Table) -> tuple[str, str
                                 "without the largest sizes the runs do not determine two exponents")  # fmt: skip
     best = min(trials, key=lambda t: (t.rms, t.form != "tied"))
     told = ", ".join(f"{t.form} {t.rms:.2%}" for t in trials)
-    return best.form, f"predicts {' and '.join(best.held_out)} better from the smaller sizes (rms error: {told})"
+    return best.form, f"predicts {best.named} better from the smaller sizes (rms error: {told})"
 
 
 def _choose_by_noise(table: Table, why: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """IsoFLOP parabolas: at one compute, loss against ln N and its minimum. A diagnostic beside the law, never the answer.
 
-They are biased even without noise (width of the grid, minima off its centre, alpha != beta: arXiv:2603.22339). Ladders
-rarely hold several sizes at one compute, so each size's loss is interpolated in ln C between its own budgets.
+They are biased even without noise (width of the grid, minima off its centre, alpha != beta: arXiv:2603.22339). Where
+three sizes were trained with one compute, these runs are shown. Ladders rarely hold that: then each size's loss is
+interpolated in ln C between its own budgets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from megatron_xact.studies.law import Array
-from megatron_xact.studies.table import Table, budgets
+from megatron_xact.studies.table import SAME_BUDGET, Table, budgets
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,29 @@ class Parabola:
     losses: Array
     coefficients: Array  # of numpy.polyval in ln N
     optimum: float | None
+    measured: bool  # at this compute; else interpolated
 
 
 def parabolas(table: Table, levels: int = 5) -> list[Parabola]:
     """Of one activation; empty where no compute has three sizes."""
+    return _measured(table) or _interpolated(table, levels)
+
+
+def _measured(table: Table) -> list[Parabola]:
+    """At every compute, within SAME_BUDGET, that three sizes were trained with; seeds averaged."""
+    N, loss = table.array("params"), table.array("loss")
+    log_flops = np.log(6 * N * table.array("tokens"))
+    order = np.argsort(log_flops, kind="stable")
+    found = []
+    for level in np.split(order, np.flatnonzero(np.diff(log_flops[order]) > SAME_BUDGET) + 1):
+        params = np.unique(N[level])
+        if len(params) >= 3:
+            losses = np.array([loss[level][N[level] == size].mean() for size in params])
+            found.append(_parabola(float(log_flops[level].mean()), params, losses, measured=True))
+    return found
+
+
+def _interpolated(table: Table, levels: int) -> list[Parabola]:
     curves = [curve for size in table.sizes if (curve := _curve(table.where(lambda r, s=size: r.size == s)))]
     if len(curves) < 3:
         return []
@@ -38,8 +58,12 @@ def parabolas(table: Table, levels: int = 5) -> list[Parabola]:
         return []
     wanted = np.linspace(covered[0], covered[-1], levels)
     chosen = sorted({float(covered[np.abs(covered - c).argmin()]) for c in wanted})
-    return [_parabola(c, [curve for curve, (low, high) in zip(curves, ends, strict=True) if low <= c <= high])
-            for c in chosen]  # fmt: skip
+    found = []
+    for c in chosen:
+        there = [curve for curve, (low, high) in zip(curves, ends, strict=True) if low <= c <= high]
+        losses = np.array([float(loss(c)) for _, loss in there])
+        found.append(_parabola(c, np.array([N for N, _ in there]), losses, measured=False))
+    return found
 
 
 def exponent(found: list[Parabola]) -> float | None:
@@ -59,12 +83,10 @@ def _curve(size: Table) -> tuple[float, PchipInterpolator] | None:
     return float(size.array("params")[0]), PchipInterpolator([np.log(flops[g]).mean() for g in groups], losses)
 
 
-def _parabola(log_flops: float, curves: list[tuple[float, PchipInterpolator]]) -> Parabola:
-    params = np.array([N for N, _ in curves])
-    losses = np.array([float(loss(log_flops)) for _, loss in curves])
+def _parabola(log_flops: float, params: Array, losses: Array, measured: bool) -> Parabola:
     coefficients = np.polyfit(np.log(params), losses, 2)
     optimum = None
     if coefficients[0] > 0:
         lowest = float(np.exp(-coefficients[1] / (2 * coefficients[0])))
         optimum = lowest if params.min() < lowest < params.max() else None
-    return Parabola(float(np.exp(log_flops)), params, losses, coefficients, optimum)
+    return Parabola(float(np.exp(log_flops)), params, losses, coefficients, optimum, measured)

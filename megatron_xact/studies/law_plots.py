@@ -17,7 +17,7 @@ from megatron_xact.studies.table import Table
 
 def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
     """Loss against tokens and against compute: a row per activation, with its law."""
-    shade = figures.shades(table.sizes)
+    shade, named = figures.shades(table.sizes), figures.listed(table.sizes)
     low, high = table.array("loss").min(), table.array("loss").max()
     with figures.figure(path, len(table.activations), 2) as axes:
         for (left, right), activation in zip(axes, table.activations, strict=True):
@@ -28,7 +28,7 @@ def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
                     continue
                 N, D = those.array("params"), those.array("tokens")
                 for ax, x, scale in ((left, D, 1.0), (right, 6 * N * D, 6 * N[0])):
-                    ax.plot(x, those.array("loss"), "o", ms=4.5, color=shade[size], label=size)
+                    ax.plot(x, those.array("loss"), "o", ms=4.5, color=shade[size], label=size if size in named else "")
                     if activation in fits:
                         line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
                         law = fits[activation].law.loss(np.full(60, N[0]), line)
@@ -37,14 +37,14 @@ def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
                 ax.set(xlabel=what, ylabel="loss (nats per token)", title=activation)
                 figures.counts(ax)
                 ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-            left.legend(title="parameters", fontsize=8, title_fontsize=8, ncols=1 + len(table.sizes) // 6)
+            left.legend(title="parameters", fontsize=8, title_fontsize=8, ncols=1 + len(named) // 6)
 
 
 def held_out(fit: Fit, path: Path) -> None:
     """Both forms fitted without the largest sizes, extended to them; those runs are hollow, bars their prediction
     intervals. Errors: the title.
     """
-    table, shade = fit.table, figures.shades(fit.table.sizes)
+    table, shade, named = fit.table, figures.shades(fit.table.sizes), figures.listed(fit.table.sizes)
     with figures.figure(path, 1, len(fit.trials)) as axes:
         for ax, trial in zip(axes[0], fit.trials, strict=True):
             for size in table.sizes:
@@ -52,7 +52,7 @@ def held_out(fit: Fit, path: Path) -> None:
                 N, D = those.array("params"), those.array("tokens")
                 out = size in trial.held_out
                 ax.plot(D, those.array("loss"), "o", ms=5, color=shade[size], mfc="white" if out else shade[size],
-                        label=size + (", held out" if out else ""))  # fmt: skip
+                        label=size + (", held out" if out else "") if size in named else "")  # fmt: skip
                 line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
                 ax.plot(line, trial.law.loss(np.full(60, N[0]), line), "--" if out else "-", color=shade[size], lw=1.1)
             held = table.where(lambda r, t=trial: r.size in t.held_out)
@@ -71,12 +71,13 @@ def residuals(fits: dict[str, Fit], path: Path) -> None:
     with figures.figure(path, len(fits), 2, size=(5.6, 3.2)) as axes:
         for row, (activation, f) in zip(axes, fits.items(), strict=True):
             N, D = f.table.array("params"), f.table.array("tokens")
-            shade = figures.shades(f.table.sizes)
+            shade, named = figures.shades(f.table.sizes), figures.listed(f.table.sizes)
             noise = seed_noise(f.table)
             for ax, x, what in ((row[0], N, "parameters"), (row[1], D / N, "tokens per parameter")):
                 for size in f.table.sizes:
                     those = [r.size == size for r in f.table.runs]
-                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size], label=size)
+                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size],
+                            label=size if size in named else "")  # fmt: skip
                 ax.axhline(0, color="0.4", lw=0.8)
                 if noise:
                     band = 200 * noise[0] / f.table.array("loss").mean()
@@ -89,26 +90,30 @@ def residuals(fits: dict[str, Fit], path: Path) -> None:
 
 def profiles(fits: dict[str, Fit], path: Path) -> None:
     colour = figures.colours(list(fits))
-    with figures.figure(path) as axes:
+    with figures.figure(path, size=(7.2, 4.1)) as axes:
         ax = axes[0, 0]
-        for activation, f in fits.items():
+        for i, (activation, f) in enumerate(fits.items()):
             p, (low, high) = f.profile, f.interval("E")
             if np.isnan(low):
                 continue
-            ax.plot(p.E, (p.least - p.objective) / p.limit, color=colour[activation], label=f"{activation}, {p.form}")
-            ax.axvspan(low, high, color=colour[activation], alpha=0.1, lw=0)
+            ax.plot(p.E, (p.least - p.objective) / p.limit, figures.LINES[i % len(figures.LINES)],
+                    color=colour[activation], label=f"{activation}, {p.form}")  # fmt: skip
+            y = -0.12 * (1 + i)  # intervals below the curves, one under the other
+            ax.plot([low, high], [y, y], color=colour[activation], lw=3, solid_capstyle="butt")
         ax.axhline(1, color="0.4", lw=0.8, ls="--")
-        ax.set(ylim=(0, 4), xlabel="E, held at (nats)", ylabel="rise of the objective (1: 95 % by an F test)",
-               title="How well is E determined? Shaded: its 95 % interval")  # fmt: skip
-        if ax.lines[1:]:
-            ax.legend(title="form of the law", fontsize=8, title_fontsize=8)
+        ax.axhline(0, color="0.4", lw=0.8)
+        ax.set(ylim=(-0.12 * (len(fits) + 1), 4), xlabel="E, held at (nats)", yticks=range(5),
+               ylabel="rise of the objective (1: 95 % by an F test)",
+               title="How well is E determined? Bars below: its 95 % interval")  # fmt: skip
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(title="form of the law", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def isoflops(fits: dict[str, Fit], path: Path) -> None:
     found = {a: p for a, f in fits.items() if (p := isoflop.parabolas(f.table))}
     with figures.figure(path, 1, len(found)) as axes:
         for ax, (activation, parabolas) in zip(axes[0], found.items(), strict=True):
-            shade = figures.shades([f"{p.flops:.2g}" for p in parabolas])
+            shade = figures.shades([str(i) for i in range(len(parabolas))])  # not by flops, which may look alike
             for p, colour in zip(parabolas, shade.values(), strict=True):
                 line = np.geomspace(p.params.min() / 1.2, p.params.max() * 1.2, 80)
                 ax.plot(p.params, p.losses, "o", ms=4.5, color=colour)
@@ -116,7 +121,8 @@ def isoflops(fits: dict[str, Fit], path: Path) -> None:
                         label=f"{p.flops:.2g}" + (", exact" if len(p.params) == 3 else ""))  # fmt: skip
                 if p.optimum:
                     ax.plot(p.optimum, np.polyval(p.coefficients, np.log(p.optimum)), "*", ms=10, color=colour)
-            ax.set(xlabel="parameters", ylabel="loss, interpolated (nats)", title=activation)
+            how = "loss (nats per token)" if parabolas[0].measured else "loss, interpolated (nats per token)"
+            ax.set(xlabel="parameters", ylabel=how, title=activation)
             figures.plain_ticks(ax, np.concatenate([p.params for p in parabolas]))
             exact = any(len(p.params) == 3 for p in parabolas)
             ax.legend(title="FLOPs (exact: through three points,\nany three lie on a parabola)" if exact else "FLOPs",

@@ -158,7 +158,7 @@ def _toml(value: object) -> str:
 
 
 KEY = (
-    "N           parameters of layers and output head; all: with an untied input embedding; no embed.: without any",
+    "N           parameters of layers and output head; all: with an untied input embedding; no embed.: layers alone",
     "no head     FLOPs without the logits; none counts looking up embeddings",
     "leaves at   step of the trunk at which this budget's cooldown begins; batch in tokens, lr at its peak",
 )
@@ -176,7 +176,7 @@ def text(plan: Plan) -> str:
         plain = params(first[t.size].shape)
         rows.append([
             t.size, t.activation, str(t.shape.layers), str(t.shape.hidden), str(t.shape.ffn), f"{t.params:,}",
-            f"{_total(t.shape):,}", f"{_total(t.shape) - _embedding(t.shape):,}", f"{t.params / plain - 1:+.2%}",
+            f"{_total(t.shape):,}", f"{t.params - _embedding(t.shape):,}", f"{t.params / plain - 1:+.2%}",
             f"{flops_per_token(t.shape) / 1e9:.4g}", f"{flops_per_token(t.shape, head=False) / 1e9:.4g}",
         ])  # fmt: skip
     lines = _columns(rows)

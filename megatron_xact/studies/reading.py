@@ -109,9 +109,9 @@ def read(paths: Path | Sequence[Path], mapping: Mapping | None = None, folder: P
 
     folder: where the table will be written, for the paths of run folders; by default they start where they are read.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     runs: list[Run] = []
-    for path in map(Path, paths):
+    for path in paths:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; a table of runs is a CSV file")
         found = _read_csv(path, mapping or Mapping(), several=len(paths) > 1)
@@ -161,26 +161,40 @@ def _read_csv(path: Path, mapping: Mapping, several: bool) -> list[Run]:
     for name, those in bad.items():
         column = sources[name].column
         values = ", ".join(dict.fromkeys(repr(getattr(r, name)) for r in those[:3]))
-        ways = f"; leave such runs out with --where '{column}!=VALUE', or complete them" if name == "loss" else ""
-        raise ValueError(f"{path.name}: {name} is not a finite number in {lines_of(those)}: {values}{ways}")
+        raise ValueError(f"{path.name}: {name} is not a finite number in {lines_of(those)}: {values}"
+                         + _way_out(name, column, str(getattr(those[0], name))))  # fmt: skip
     if header != list(COLUMNS):  # those that `Table` wrote have plain counts
         _check_units(runs, sources, path.name)
     return runs
 
 
+def _way_out(name: str, column: str, text: str) -> str:
+    """What to do about a cell that is no number."""
+    if re.fullmatch(r"[+-]?[\d.,'\s]*\d", text):
+        return "; write numbers with a decimal point and without thousands separators, e.g. 1234567.8"
+    if re.fullmatch(r"[\d.]+\s*[kKMBGT]", text):
+        return "; write the number out (30M is 3e7), or give each name its number: values = {...} in a --mapping"
+    return f"; leave such runs out with --where '{column}!=VALUE', or complete them" if name == "loss" else ""
+
+
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and the rows that are not blank with their line numbers; cells without spaces around them.
+    """Header, and the rows with something in them, with their line numbers; cells without spaces around them.
 
     Spreadsheets separate by comma, semicolon or tab, by country: the one that is most often in the header counts. A
     wrong guess cannot misread a number, since rows must fit the header and a decimal comma is no number.
     """
     data = path.read_bytes()
+    for start, kind in ((b"PK\x03\x04", "a spreadsheet or a zip archive"), (b"\x1f\x8b", "compressed by gzip")):
+        if data.startswith(start):
+            raise ValueError(f"{path} is {kind}, not a CSV file; save the table as CSV in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line, encoding = data[: error.start].count(b"\n") + 1, "latin1"
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            encoding = "utf-16"
         raise ValueError(f"{path} is not a CSV file in UTF-8: line {line} has the byte 0x{data[error.start]:02x}; save "
-                         f"it as UTF-8, e.g. iconv -f latin1 -t utf-8 {path.name}") from None  # fmt: skip
+                         f"it as UTF-8, e.g. iconv -f {encoding} -t utf-8 {path.name}") from None  # fmt: skip
     separator = max(",;\t", key=text.partition("\n")[0].count)
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
@@ -189,7 +203,7 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
     if not table or not any(table[0]):
         raise ValueError(f"{path} is empty; a table has a header and a row per run")
-    return table[0], [(number, row) for number, row in enumerate(table[1:], start=2) if row]
+    return table[0], [(number, row) for number, row in enumerate(table[1:], start=2) if any(row)]
 
 
 def _near(wanted: str, header: list[str], name: str) -> str:

@@ -84,6 +84,7 @@ def write(found: Findings, out: Path, root: Path, shape: run_plots.Shape | None 
         write_text(fresh / "index.html", page(*_contents(found, pictures), tables))
         if out.exists():
             old = out.with_name(f".{out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed just here
             os.replace(out, old)
             os.replace(fresh, out)
             shutil.rmtree(old)
@@ -206,9 +207,9 @@ def _laws(found: Findings, pictures: dict[str, str]) -> list[Section]:
         ("residuals", "What the law leaves over. Trends here are misfit of the law, not noise."),
         ("profile_of_E", "The objective's minimum for each irreducible loss E: where it is flat, E is not determined. "
                          "The limit is that of independent runs."),
-        ("isoflop", "IsoFLOP parabolas through losses interpolated at equal compute; a diagnostic, biased by the width "
-                    "of the grid. Stars: minima inside the sizes. Through three points the fit is exact, and "
-                    "says nothing about whether a parabola is right."),
+        ("isoflop", "IsoFLOP parabolas through losses at equal compute, interpolated where no three sizes were trained "
+                    "with it; a diagnostic, biased by the width of the grid. Stars: minima inside the sizes. Through "
+                    "three points the fit is exact, and says nothing about whether a parabola is right."),
     ]  # fmt: skip
     head = Section("Laws", "laws", pictures=_shown(shown, pictures))
     if found.fits and "isoflop" not in pictures:
@@ -259,8 +260,9 @@ METHOD = Section(
         "they held what was planted in 92 % or more (of 200 to 400 of each of 10 designs), up to 100 % where noise "
         "shrinks with tokens. They know nothing of a law that is wrong: see the residuals.",
         "Multiplier: runs are paired by size, token budget and seed. The interval joins the scatter of the pairs "
-        "(Student's t; trunks, where runs branch from one, count as one) with the uncertainty of what a nat is worth "
-        "(a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "
+        "(trunks, where runs branch from one, count as one; Student's t with an error that does not assume the same "
+        "noise everywhere, and as many degrees of freedom as its weights leave) with the uncertainty of what a nat is "
+        "worth (a law with free exponents, or with one for both where these runs cannot tell them apart, refitted to "
         "resampled residuals). Whether it changes with size is tested by regression over these clusters, whether it "
         "changes with tokens per parameter by the slopes inside each size and seed; where one is found (p < 0.05), no "
         "single number is given as the answer. It is valid inside the measured range of sizes "

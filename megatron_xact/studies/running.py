@@ -2,12 +2,14 @@
 
 Where a run stands is read from its folder, so that a broken-off study goes on wherever it was. A run that fails is
 started again, from its last checkpoint, a bounded number of times; one whose config or data are refused, or whose loss
-is NaN, would fail again and is not. Ctrl-C and SIGTERM let the runs save and end.
+is NaN, would fail again and is not. Ctrl-C and SIGTERM let the runs save and end, and so does the death of this
+command; a run that an earlier one has left behind is waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from megatron_xact.studies import slurm
@@ -25,10 +28,12 @@ from megatron_xact.studies.state import Run, alone, last_word, run_of
 
 PRETRAIN = (sys.executable, "-m", "megatron_xact", "pretrain")
 # Exit codes of pretraining/exits.py.
-USER_ERROR, SAVED, NAN = 2, 75, 76
+USER_ERROR, SAVED, NAN, TAKEN = 2, 75, 76, 79
 HOPELESS = (USER_ERROR, NAN)
 INTERRUPTED = 130
 GRACE = 300.0  # seconds that runs have to save and end
+ASK_AGAIN = 20.0  # seconds until it is seen whether a run that was left behind has ended
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
 
 @dataclass
@@ -40,11 +45,17 @@ class Task:
     code: int | None = None  # exit code of the last attempt
     reason: str = ""
     slot: int = 0  # of `jobs`; decides its GPUs
+    held_until: float = 0.0  # time.monotonic(); its folder was taken
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
     def is_ready(self) -> bool:
-        return self.state == "waiting" and (self.after is None or self.after.state == "finished")
+        free = self.after is None or self.after.state == "finished"
+        return self.state == "waiting" and free and time.monotonic() >= self.held_until
+
+    @property
+    def is_held(self) -> bool:
+        return self.state == "waiting" and self.held_until > 0
 
 
 def run(plan: Plan, folder: Path, jobs: int = 1, processes: int | None = None, retries: int = 2,
@@ -146,7 +157,7 @@ class _Runs:
         for task in filter(lambda t: t.is_ready, self.tasks):
             if self._running() < self.jobs:
                 self._start(task)
-        return self._running() > 0
+        return self._running() > 0 or any(t.is_held for t in self.tasks)
 
     def _running(self) -> int:
         return sum(t.state == "running" for t in self.tasks)
@@ -161,15 +172,23 @@ class _Runs:
                 [*self.pretrain, *task.run.words, *self.own],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment | mine,
                 start_new_session=True,  # Ctrl-C reaches us alone; we let them save
+                preexec_fn=_ended_with_us(),
             )  # fmt: skip
         task.state = "running"
-        self.display.say(task, "started" if task.attempts == 1 else f"started again ({task.attempts - 1})")
+        if not task.held_until:
+            self.display.say(task, "started" if task.attempts == 1 else f"started again ({task.attempts - 1})")
 
     def _poll(self, task: Task) -> None:
         assert task.process is not None
         if (code := task.process.poll()) is None:
             return
         task.process, task.code = None, code
+        if code == TAKEN and self.asked is None:
+            if not task.held_until:
+                self.display.say(task, "waiting for a run at work in its folder, which an earlier command left behind")
+            task.state, task.attempts, task.held_until = "waiting", task.attempts - 1, time.monotonic() + ASK_AGAIN
+            return
+        task.held_until = 0.0
         if code == 0 and task.run.is_finished:
             task.state = "finished"
             self.display.say(task, "finished")
@@ -206,6 +225,12 @@ class _Runs:
             print("xact: interrupted; the same command goes on", file=sys.stderr)
             return INTERRUPTED
         return 1 if failed else 0
+
+
+def _ended_with_us() -> partial | None:
+    """For a new process to call: SIGTERM to it, which saves, once this one has died, were it by kill -9. On Linux."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return prctl and partial(prctl, _END_WITH_PARENT, signal.SIGTERM)
 
 
 def _kill(process: subprocess.Popen) -> None:

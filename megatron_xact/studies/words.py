@@ -36,7 +36,7 @@ def of_fit(fit: Fit, flops: list[float]) -> list[tuple[str, str]]:
     told.append(("intervals", intervals(fit)))
     told.append(("optimum", f"objective {fit.objective:.6g}, reached from {fit.starts[0]} of {fit.starts[1]} starts, "
                             f"largest gradient {fit.gradient:.0e}"))  # fmt: skip
-    told += [(f"without {' and '.join(t.held_out)}", trial(t)) for t in (*fit.trials, *_only_new(fit))]
+    told += [(f"without {t.named}", trial(t)) for t in (*fit.trials, *_only_new(fit))]
     for key in ("size", "tokens per parameter"):
         groups = diagnostics.residuals_by(fit.residuals, fit.table.runs, key)
         told.append((f"residuals by {key}", ", ".join(f"{name} {mean:+.2%}" for name, _, mean, _ in groups)))
@@ -135,7 +135,11 @@ def optimum(fit: Fit, flops: float) -> str:
             "tell what size is worth beside tokens; they need a wider range of tokens per parameter"
         )
     measured = 6 * fit.table.array("params") * fit.table.array("tokens")
-    beyond = "" if flops <= measured.max() else f" ({flops / measured.max():.3g} x the largest run: extrapolated)"
+    beyond = ""
+    for run, outside, which in ((measured.max(), flops > measured.max(), "largest"),
+                                (measured.min(), flops < measured.min(), "smallest")):  # fmt: skip
+        if outside:
+            beyond = f" ({flops / run:.3g} x the {which} run: extrapolated)"
     given = fit.form == "tied" and len(fit.draws) == 1
     assumed = "; this split assumes equal exponents, it is not measured" if given else ""
     return (

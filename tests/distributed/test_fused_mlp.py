@@ -277,6 +277,9 @@ def hooks() -> dict:
             handle.remove()
         handle = mlp.linear_fc2.register_forward_hook(lambda module, args, y: None)
         found["post linear_fc2"] = fused_mlp.unfit(mlp)
+        if groups.tp.rank():
+            handle.remove()
+        found["on one rank"] = way_decided(mlp, x)
         handle.remove()
         for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
             handle = getattr(mlp.linear_fc1, register)(lambda module, *gradients: None)
@@ -304,6 +307,18 @@ def hooks() -> dict:
         mlp(x)
         found["on a CPU"] = mlp.way.backend
     return found
+
+
+def way_decided(mlp, x: torch.Tensor) -> str:
+    """By `mlp = "auto"`, where every fused backend could run and one of them is the fastest."""
+    from megatron_xact.kernels import linear, mlp_choice
+    from megatron_xact.layers import fused_mlp
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp_choice, "_selected", "auto")
+        patch.setattr(mlp_choice, "unavailable_reasons", lambda *given: {})
+        patch.setattr(mlp_choice, "choose", lambda *given: mlp_choice.Choice(linear.Way("triton"), "it is the fastest"))
+        return fused_mlp.decide(mlp, x, fused_mlp.unfit(mlp)).backend
 
 
 def shape_measured(mlp, x: torch.Tensor) -> tuple | None:
@@ -480,6 +495,7 @@ def test_hooks_see_what_they_would_have_seen_or_rule_fusion_out(results):
             assert hooks[mark] == "its weights are sharded over data-parallel ranks"
         assert hooks["frozen"] == "a weight is frozen"
         assert hooks["tiles"] == ["ahead", "back"]
+        assert hooks["on one rank"] == "unfused"  # and no rank waits for another
         assert hooks["in the end"] is None  # nothing of the above is left
         assert hooks["on a CPU"] == "unfused"
     measured = [found["hooks"]["measured"] for found in results]

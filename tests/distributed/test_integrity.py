@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.validation import verify_integrity_manifes
 from training import MARKS, TP2, Run, Trainings, copy_of, trainings
 from warm import Life, Warm
 
-from megatron_xact.pretraining import arguments
+from megatron_xact.pretraining import arguments, status
 from megatron_xact.pretraining.checkpointing import choice
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off, saved_steps
 from megatron_xact.pretraining.checkpointing.keeper import Keeper, _save_follows
@@ -323,9 +323,11 @@ def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
 def test_without_room_for_a_checkpoint_the_run_is_not_started_or_ends_before_it_saves(server, words, small_disk):
     """A checkpoint takes 0.58 MB here; retention, where it is asked for, makes the room."""
     disk = small_disk("size=300k")
-    told = server.run(*words(disk / "none"), code=1)
+    told = server.run(*words(disk / "none", *TP2), ranks=2, code=1)
     assert re.search(r"xact: error: .*no room for the next checkpoint: \S+ has 0.\d\d MB free, and", told)
-    assert not (disk / "none" / "progress.jsonl").exists()
+    assert told.count("xact: error: ") == 1 and not (disk / "none" / "progress.jsonl").exists()
+    ends = [status.of_file(status.path(status.folder_of(disk / "none"), rank)) for rank in (0, 1)]
+    assert all(end.kind == "error" and "no room for the next checkpoint" in end.reason for end in ends), ends
 
     small_disk("size=3m")
     every = ("--save-interval", "1", "--exit-interval", "12")

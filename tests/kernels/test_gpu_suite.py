@@ -337,7 +337,7 @@ def test_beside_transformer_engine_the_mlps_that_are_fused_are_of_its_operations
     """Of its modules, `layers.fused_mlp` refuses them."""
     from megatron_xact.pretraining import config
 
-    monkeypatch.setattr(step, "has_te", lambda: True)
+    monkeypatch.setattr(step, "present", lambda module: True)
     fuser = {}
     for name, (file, mlp) in step.RUNS.items():
         (tmp_path / "run.toml").write_text(step.config_of(Context(CPU, quick=False), file, mlp))

@@ -11,7 +11,7 @@ import torch
 from fake_gpu import fake_gpu, violations
 
 from megatron_xact import activations
-from megatron_xact.kernels import fp8_operators, fp8_product, linear, ops, triton_fp8, triton_pointwise
+from megatron_xact.kernels import backends, fp8_operators, fp8_product, linear, ops, triton_fp8, triton_pointwise
 from megatron_xact.kernels.backends import backend_of
 
 DEVICE = 1
@@ -85,6 +85,18 @@ def test_casts_to_fp8(name, monkeypatch):
                       if launch.kernel is triton_fp8.forward_kernel and not launch.arguments["BLOCKWISE"]]  # fmt: skip
         biases = [given["bias_ptr"] for given in per_tensor]
         assert per_tensor and all(bias is None or bias.dtype == torch.float32 for bias in biases)
+
+
+def test_reference_kernels_rule_those_of_fp8_out():
+    record = activations.get("xielu")
+    with fake_gpu():
+        x = empty(4, 8)
+        assert fp8_operators._triton_for(record, x) is triton_fp8
+        backends.select_backend("reference")
+        try:
+            assert fp8_operators._triton_for(record, x) is None
+        finally:
+            backends.select_backend("auto")
 
 
 def test_fp8_products():

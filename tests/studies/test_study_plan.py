@@ -29,6 +29,20 @@ def test_gated_and_ungated_have_the_same_parameters():
         assert params(replace(by_name[f"a-{activation}-s1"].shape, tied=False)) == N  # an untied input does not count
 
 
+def test_parameters_with_and_without_embeddings_are_told():
+    """a: 2 layers of 4 x 32^2 (attention) + 2 x 32 x 96 (ungated), 5 norms of 32, 4 alphas; 512 x 32 per embedding."""
+    layers = 2 * (4 * 32**2 + 2 * 32 * 96) + 5 * 32 + 4
+    for tied, counts in ((True, (layers + 512 * 32, layers + 512 * 32, layers)),
+                         (False, (layers + 512 * 32, layers + 2 * 512 * 32, layers))):  # fmt: skip
+        def model(activation, size, tied=tied):
+            found = model_of(activation, size)
+            return replace(found, shape=replace(found.shape, tied=tied))
+
+        made = planning.Plan("test", tuple(build(recipe(activations=("xielu",)), model)))
+        row = next(line.split() for line in planning.text(made).splitlines() if line.startswith("a "))
+        assert tuple(int(cell.replace(",", "")) for cell in row[5:8]) == counts
+
+
 def test_ffn_that_cannot_be_matched_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"swiglu a: with ffn = 64 instead of 100 .* multiple of 12, or ffn-multiple"):
         build(recipe(sizes={"a": Size(2, 32, 2, 100)}), model_of)
@@ -268,6 +282,10 @@ def test_the_gpu_example_and_what_the_trainer_refuses(tmp_path, capsys):
         (tmp_path / "s.toml").write_text(text.replace(old, new))
         assert cli.main(["study", "plan", str(tmp_path / "s.toml"), "--out", str(tmp_path / "no")]) == 2
         assert said in (told := capsys.readouterr().err) and told.count("\n") == 1
+    for gpu, said in ((["a10"], "--gpu a10: it is known of a100, h100, h200"), (["h100", "--gpus", "7"], "x 7 = ")):
+        assert cli.main(["study", "plan", str(small), "--out", str(tmp_path / "no"), "--gpu", *gpu]) == 2
+        told = capsys.readouterr()
+        assert said in told.err and not told.out
     assert not (tmp_path / "no").exists()
     assert cli.main(["study", "plan", str(tmp_path / "none.toml")]) == 2
     assert capsys.readouterr().err == f"xact: error: no such study: {tmp_path}/none.toml\n"

@@ -78,8 +78,36 @@ def test_what_would_fail_again_is_not_retried(tmp_path):
 
 
 def test_exit_codes_are_those_of_pretraining():
-    mine = (running.USER_ERROR, running.SAVED, running.NAN, running.INTERRUPTED)
-    assert mine == (exits.USER_ERROR, exits.PREEMPTED, exits.NAN, exits.INTERRUPTED)
+    mine = (running.USER_ERROR, running.SAVED, running.NAN, running.TAKEN, running.INTERRUPTED)
+    assert mine == (exits.USER_ERROR, exits.PREEMPTED, exits.NAN, exits.TAKEN, exits.INTERRUPTED)
+
+
+def test_a_folder_that_a_left_behind_run_has_taken_is_waited_for(tmp_path, capfd, monkeypatch):
+    """However often it must be asked, it is no failure, and other runs go on meanwhile."""
+    monkeypatch.setattr(running, "ASK_AGAIN", 0.3)
+    study = plan(tmp_path, **ONE)
+    assert run(study, tmp_path, {"a-swiglu-s1": [79] * 4}, retries=0) == 0
+    starts = started(tmp_path)
+    assert (starts.count(TRUNKS[0]), starts.count(TRUNKS[1])) == (5, 1) and starts[:2] == TRUNKS
+    assert capfd.readouterr().err.count("waiting for a run at work in its folder") == 1
+
+
+def test_a_killed_command_lets_its_runs_save(tmp_path):
+    study = plan(tmp_path, **ONE)
+    command = stand_in(tmp_path, {"a-swiglu-s1": ["wait"]})
+    script = "from pathlib import Path; from megatron_xact.studies import planning, running\n"
+    script += f"p = Path({str(tmp_path)!r}); running.run(planning.load(p), p, pretrain={command!r})"
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / TRUNKS[0] / "waiting").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while not (tmp_path / TRUNKS[0] / "saved").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run(study, tmp_path, {}) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -139,7 +139,7 @@ BAD = {
         "report --out OUT",
         "swiglu: 2 sizes (100M, 200M); a law in N needs at least 3; not done either: law of xielu, xielu against",
     ),
-    "one budget": (rows(ratios=(20,), seeds=(0, 1, 2)), "fit", "one token budget per size (20 to 20 tokens per param"),
+    "one budget": (rows(ratios=(20,), seeds=(0, 1, 2)), "fit", "one token budget per size (20 tokens per parameter)"),
     "nobody": (rows(), "fit --activation gelu", "has no activation 'gelu'; it has swiglu, xielu"),
     "budget": (rows(), "fit --budget -3", "--budget -3 must be a positive number of FLOPs"),
     "one activation": (rows(), "compare swiglu gelu", "has no activation 'gelu'; it has swiglu, xielu"),

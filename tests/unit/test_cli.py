@@ -10,7 +10,7 @@ import pytest
 from megatron_xact import cli
 
 REPOSITORY = Path(__file__).parents[2]
-HEAVY = ("torch", "megatron", "numpy", "transformers", "tokenizers")
+HEAVY = ("torch", "megatron", "transformers", "tokenizers", "triton", "matplotlib", "scipy")
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -35,13 +35,57 @@ def heavy_modules_of(code: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_help_is_light():
-    code = """
+MISTAKES = {
+    "dokter": "invalid choice: 'dokter'",
+    "doctor --jsn": "unrecognized arguments: --jsn",
+    "plan a.toml --nodes 0": "--nodes: 0 must be a positive whole number",
+    "plot none": "no such folder: none",
+    "export none out": "no such folder: none",
+    "export . out --dtype fp8": "--dtype: invalid choice: 'fp8'",
+    "export . out --max-shard-size 0": "max-shard-size = '0': expected a size such as",
+    "export . .": "exists already; choose another name, or --overwrite",
+    "import . .": "exists already; choose another name, or --overwrite",
+    "import . out --tp 0": "--tp: 0 must be a positive whole number",
+    "verify . none": "no such folder: none",
+    "verify . . --text none": "no such file: none",
+    "generate . --tokens 0": "--tokens: 0 must be a positive whole number",
+    "generate . --temperature -1": "--temperature: -1 must be 0 or a positive number",
+    "eval .": "nothing to evaluate: give --data PREFIX",
+    "eval . --step -1": "--step: -1 must be a whole number, 0 or more",
+    "eval . --tasks x --include-path none": "no such folder: none",
+    "study fit": "the following arguments are required: TABLE",
+    "study fit runs.csv --bootstraps 0": "--bootstraps: 0 must be a positive whole number",
+    "bench mlp --tp 0": "--tp: 0 must be a positive whole number",
+    "bench kernels --dtypes int8": "--dtypes: invalid choice: 'int8'",
+}
+
+
+def test_help_and_mistakes_are_light(tmp_path):
+    """Of every command and every subcommand, in one process."""
+    code = f"""
+import argparse, contextlib, io, os
 from megatron_xact import cli
-try: cli.main(["--help"])
-except SystemExit as ending: assert ending.code == 0
-try: cli.main(["pretrain", "--help"])
-except SystemExit as ending: assert ending.code == 0
+
+def said(words):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try: code = cli.main(words)
+        except SystemExit as ending: code = ending.code
+    return code, out.getvalue()
+
+def subcommands(name):
+    actions = cli._parser(name)._subparsers._group_actions[0].choices[name]._actions
+    return [sub for a in actions if isinstance(a, argparse._SubParsersAction) for sub in a.choices]
+
+os.chdir({str(tmp_path)!r})
+helps = [[]] + [[name, *sub] for name in cli.COMMANDS for sub in [[], *([s] for s in subcommands(name))]]
+for words in helps:
+    code, text = said([*words, "--help"])
+    assert code == 0 and text.startswith(" ".join(["usage: xact", *words])), (words, text)
+assert ["study", "fit"] in helps and ["data", "prepare"] in helps and ["bench", "mlp"] in helps and len(helps) > 20
+for words, told in {MISTAKES!r}.items():
+    code, text = said(words.split())
+    assert code == 2 and told in text, (words, text)
 """
     assert heavy_modules_of(code) == []
 

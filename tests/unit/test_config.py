@@ -113,6 +113,18 @@ def test_evaluations_have_an_interval_though_megatron_has_no_default(tiny):
     assert megatron_reads(tiny.with_overrides(["--eval-interval", "5"])).eval_interval == 5
 
 
+@pytest.mark.parametrize(
+    "sets, made",
+    [
+        ([], False),
+        (["data.reset-attention-mask=true"], True),
+        (["data.no-create-attention-mask-in-dataloader=false"], True),
+    ],
+)
+def test_a_mask_is_made_only_where_attention_needs_one(tiny, sets, made):
+    assert megatron_reads(tiny.with_overrides(sets=sets)).create_attention_mask_in_dataloader is made
+
+
 @pytest.mark.parametrize("value, expected", [(True, True), (False, False)])
 def test_boolean_optional_flags_take_both_values(tiny, value, expected):
     flag = "rl-partial-rollouts"

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,37 @@ def test_every_source_can_be_read_from_every_position(corpus_folder: Path, tmp_p
     found = list(one.read(None))
     assert len(found) > 3
     assert [list(one.read(position)) for _, position in found] == [found[n + 1 :] for n in range(len(found))]
+
+
+JOURNALS = {
+    "a key more": {"shards": 3},
+    "a key less": {"train": None},
+    "a total more": {"validation": {"documents": 1, "lines": 7}},
+}
+
+
+@pytest.mark.parametrize("other", JOURNALS.values(), ids=JOURNALS)
+def test_a_journal_of_another_version_is_dropped_in_one_line(
+    corpus_folder: Path, tokenizer: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture, other: dict
+) -> None:
+    folder = tmp_path / "out" / building.FOLDER
+    folder.mkdir(parents=True)
+    building.save(folder, building.State({}))
+    journal = folder / building.JOURNAL
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | other))
+    (folder / f"{manifest.TRAIN}.bin").write_bytes(b"its own way")
+    prepare(tmp_path / "out", str(corpus_folder), tokenizer=tokenizer, num_workers=1)
+    assert f"data: what a stopped run left is dropped: {journal} is of another version\n" in capsys.readouterr().out
+    assert_equal(tmp_path / "out", undisturbed)
+
+
+def test_data_of_another_version_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "out")
+    whole = json.loads((undisturbed / manifest.NAME).read_text())
+    for other in (whole | {"format": 0}, whole | {"shards": 3}, whole | {"train": {"lines": 7}}, []):
+        (tmp_path / "out" / manifest.NAME).write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="data.json was written by another version; rebuild with --fresh"):
+            manifest.load(tmp_path / "out")
 
 
 def test_kill_9_at_random_moments(program: Callable, undisturbed: Path, tmp_path: Path) -> None:

@@ -155,4 +155,4 @@ def test_what_pyproject_requires_is_looked_for_in_the_version_it_requires(tmp_pa
     old = {"transformers-4.40.dist-info/METADATA": "Name: transformers\nVersion: 4.40\n"}
     result, checks, _ = report(package(tmp_path, old))
     assert not result["can_train"] and checks["transformers"]["detail"] == "4.40"
-    assert checks["transformers"]["advice"] == 'pip install --upgrade "transformers>=4.56"'
+    assert checks["transformers"]["advice"] == 'pip install --upgrade "transformers>=5.1"'

@@ -169,6 +169,8 @@ def test_attention_refuses_what_it_would_get_wrong():
     for unsupported in ({"packed_seq_params": PackedSeqParams()}, {"attention_bias": torch.zeros(1)}):
         with pytest.raises(ValueError, match="packed sequences and attention bias need TransformerEngine"):
             attention()(q, q, q, None, **unsupported)
+    with pytest.raises(ValueError, match="1 queries, 4 keys"):  # of which the query would see the first only
+        attention()(q[-1:], q, q, None)
 
 
 # --- alpha's dtype and name -------------------------------------------------------------------------------------------

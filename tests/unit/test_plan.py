@@ -115,7 +115,6 @@ def test_counting_needs_no_torch():
         ("--context-parallel-size 2", 2 + 4 + 12 / 8),  # the optimizer is sharded over context-parallel ranks too
         ("--tensor-model-parallel-size 2", 2 + 4 + 12 / 4),
         ("--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype fp8", 2 + 4 + (4 + 2 + 1) / 8),
-        ("--optimizer sgd", 2 + 4 + 8 / 8),
     ],
 )
 def test_bytes_per_parameter(flags, each):
@@ -126,9 +125,12 @@ def test_bytes_per_parameter(flags, each):
 
 
 def test_without_the_distributed_optimizer_every_gpu_holds_all_states():
-    run = planned(BIG, sets=("parallel.use-distributed-optimizer=false", "parallel.overlap-param-gather=false",
-                             "checkpoint.save='x'", "activation.name=relu2"))  # fmt: skip
+    sets = ("parallel.use-distributed-optimizer=false", "parallel.overlap-param-gather=false", "checkpoint.save='x'",
+            "activation.name=relu2")  # fmt: skip
+    run = planned(BIG, sets=sets)
     assert memory.of_stage(run, 0).optimizer == 12 * sum(parameters(run.shape).values())
+    with_sgd = planned(BIG, "--optimizer sgd", sets=sets)
+    assert memory.of_stage(with_sgd, 0).optimizer == 8 * sum(parameters(run.shape).values())
     fp32 = planned(ROOT / "configs/small/10m.toml")
     found, count = memory.of_stage(fp32, 0), sum(parameters(fp32.shape).values())
     assert (found.weights, found.gradients, found.optimizer) == (4 * count, 4 * count, 8 * count)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_xact.activations import Activation
+from megatron_xact.installed import present
 from tools.gpu.results import write
 
 
@@ -87,6 +88,11 @@ class Context:
         from megatron_xact.kernels import triton_pointwise
 
         return triton_pointwise
+
+    def needs(self, *modules: str) -> None:
+        for module in modules:
+            if not present(module):
+                raise Skip(f"{module} is not installed")
 
     def needs_fp8(self) -> None:
         if self.on_gpu and torch.cuda.get_device_capability(self.device) < (8, 9):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from types import SimpleNamespace
 
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.installed import present
 from megatron_xact.kernels import fp8, fp8_product, mlp_timing
 from megatron_xact.kernels.mlp_timing import Operands, Shape
 from tools.gpu import timing
-from tools.gpu.context import Context, Entries, Skip
+from tools.gpu.context import Context, Entries
 
 NAMES = ("xielu", "relu2", "xsilu_glu2")
 # Hopper's FP8 tensor cores keep 14 bits of a sum, and cuBLASLt moves it to fp32 every 128 products where fast
@@ -31,7 +31,7 @@ def correctness(context: Context, data: Entries) -> str:
     data.target("casts whose bits are not torch's", len(data["casts unlike torch's"]), at_most=0)
     data["product_error"] = _product_errors(context)
     data.all_at_most("error of a product", PRODUCT_ERROR, data["product_error"])
-    if not importlib.util.find_spec("megatron"):
+    if not present("megatron"):
         return "casts and products; no MLP was run: megatron-core is not installed"
     data["errors"] = {}
     for name in NAMES:
@@ -46,8 +46,7 @@ def correctness(context: Context, data: Entries) -> str:
 
 def speed(context: Context, data: Entries) -> str:
     context.needs_fp8()
-    if not importlib.util.find_spec("megatron"):
-        raise Skip("megatron-core is not installed")
+    context.needs("megatron")
     data["times"], data["absent"] = [], {}
     for name in NAMES:
         data["times"].append(_times(context, activations.get(name), data["absent"]))

@@ -6,10 +6,10 @@ reserve. The layer is TransformerEngine's where it is installed, else the local 
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 
+from megatron_xact.installed import present
 from tools.gpu.context import Context, Entries, Skip
 from tools.gpu.processes import ROOT, Ended, xact
 
@@ -69,9 +69,8 @@ CASES = {
 def plan(context: Context, data: Entries) -> str:
     if not context.on_gpu:
         raise Skip("a CPU has no max_memory_allocated; tests/distributed/test_dry_run.py counts bytes there")
-    if importlib.util.find_spec("megatron") is None:
-        raise Skip("megatron-core is not installed")
-    layer = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
+    context.needs("megatron")
+    layer = "transformer_engine" if present("transformer_engine") else "local"
     data |= {"layer": layer, "cases": {}, "failed": {}}
     for name in ["125M"] if context.quick else context.mine(list(CASES)):
         try:

@@ -7,13 +7,13 @@ fused kernels whether they are faster or not, and the way that a measurement cho
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tools.gpu.context import Context, Entries, Skip
+from megatron_xact.installed import present
+from tools.gpu.context import Context, Entries
 from tools.gpu.memory import scalars
 from tools.gpu.processes import ROOT, Ended, xact
 
@@ -38,8 +38,7 @@ LIMIT = 240.0  # seconds of a run
 
 
 def step(context: Context, data: Entries) -> str:
-    if importlib.util.find_spec("megatron") is None:
-        raise Skip("megatron-core is not installed")
+    context.needs("megatron")
     data |= {"runs": {}, "failed": {}, "ratios": {}}
     for name, (config, mlp) in RUNS.items():
         try:
@@ -78,10 +77,6 @@ def _run(context: Context, config: str, mlp: str) -> dict:
     }
 
 
-def has_te() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def config_of(context: Context, config: str, mlp: str) -> str:
     """TOML of a run: as in the paper but for data, length, layout, and what it leaves behind."""
     from megatron_xact.pretraining import config as configs
@@ -96,7 +91,7 @@ def config_of(context: Context, config: str, mlp: str) -> str:
         "tensor-model-parallel-size": 1, "log-interval": 1, "tensorboard-log-interval": 1, "num-workers": 0,
     }  # fmt: skip
     words = ["--mock-data", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
-    if mlp != "unfused" and has_te():
+    if mlp != "unfused" and present("transformer_engine"):
         words.append("--use-transformer-engine-op-fuser")  # its modules cannot be fused with ours, its operations can
     run = run.with_overrides(words, [f"xact.mlp={mlp}"])
     return replace(run, megatron={k: v for k, v in run.megatron.items() if k not in LEFT_OUT}).dump()

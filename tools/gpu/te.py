@@ -132,10 +132,7 @@ def _ways(record: Activation, context: Context, data: Entries) -> Iterator[tuple
 
     yield "apart", None
     for backend in (linear.UNFUSED, *linear.BACKENDS) if JOINT_FUSION else ():
-        try:
-            reason = linear.unavailable_reason(backend, record, torch.bfloat16, context.device)
-        except ImportError as error:
-            reason = str(error)
+        reason = linear.unavailable_reason(backend, record, torch.bfloat16, context.device)
         if reason is None:
             yield f"joined, {backend}", backend
         else:

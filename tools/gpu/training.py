@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tempfile
 from pathlib import Path
 
+from megatron_xact.installed import present
 from tools.gpu.context import Context, Entries, Skip
 from tools.gpu.processes import xact
 
@@ -42,7 +42,7 @@ def fp8_gate(context: Context, data: Entries) -> str:
     context.needs_fp8()
     with tempfile.TemporaryDirectory() as folder:
         xact("data", "prepare", "--source", "stdlib", "--out", Path(folder, "data"))
-        ways = {"mlp": MLP} | ({"te": TE} if importlib.util.find_spec("transformer_engine") else {})
+        ways = {"mlp": MLP} | ({"te": TE} if present("transformer_engine") else {})
         for name, sets in ways.items():
             words = [word for key, value in (gate_sets(context, folder) | sets).items()
                      for word in ("--set", f"{key}={value}")]  # fmt: skip
@@ -68,6 +68,4 @@ def gate_sets(context: Context, folder: str) -> dict[str, object]:
 def _needs_training(context: Context) -> None:
     if not context.on_gpu:
         raise Skip("launch/quickstart.sh is the same on a CPU")
-    for package in ("megatron", "transformers", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            raise Skip(f"{package} is not installed")
+    context.needs("megatron", "transformers", "tokenizers")

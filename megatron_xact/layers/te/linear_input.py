@@ -15,7 +15,7 @@ from transformer_engine.pytorch.tensor import Quantizer
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends
-from megatron_xact.kernels.ops import values_of
+from megatron_xact.kernels.ops import learned_of, values_of
 from megatron_xact.layers.activation import TrainableActivation
 from megatron_xact.layers.te.quantized import can_quantize, quantized_forward
 
@@ -39,9 +39,8 @@ class QuantizingActivation(TrainableActivation):
         columns = x.shape[-1] // (1 + self.activation.gated)
         if math.prod(x.shape) == 0 or not can_quantize(quantizer, self.activation, x, columns):
             return super().forward(x, bias)
-        p = self.differentiable_values()
+        learned = learned_of(self.activation, self.differentiable_values())
         transposed = torch.is_grad_enabled() and self._follower[0].weight.requires_grad
-        learned = [p[q.symbol] for q in self.activation.trainable]
         return _ToQuantized.apply(x, bias, self.activation, quantizer, transposed, *learned)
 
 
@@ -62,7 +61,7 @@ class _ToQuantized(torch.autograd.Function):
         dy = maybe_dequantize(dy, x.dtype)
         p = values_of(ctx.activation, learned)
         back = backends.backend_of(ctx.activation, x).backward(ctx.activation, x, p, dy, bias)
-        sums = (back.parameters[q.symbol].reshape(1) for q in ctx.activation.trainable)
+        sums = (value.reshape(1) for value in learned_of(ctx.activation, back.parameters))
         dbias = None if bias is None else back.bias.to(bias.dtype)
         return back.dx, dbias, None, None, None, *sums
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.extensions.transformer_engine import TEFusedMLP
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xact.activations import Activation
@@ -20,11 +18,8 @@ from megatron_xact.layers.te.operation import ActivationOperation, without_forwa
 class QuantizingMLP(ActivationMLP):
     """TE's linear modules, and in FP8 the activation hands fc2 its input already cast."""
 
-    def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs
-    ):
-        super().__init__(config, submodules, *args, activation=activation, **kwargs)
-        self.activation_func = QuantizingActivation(activation, self.tp_group, self.linear_fc2)
+    def make_activation(self, activation: Activation) -> QuantizingActivation:
+        return QuantizingActivation(activation, self.tp_group, self.linear_fc2)
 
 
 class OperationMLP(ActivationMLP, TEFusedMLP):
@@ -35,11 +30,8 @@ class OperationMLP(ActivationMLP, TEFusedMLP):
     where TE computes in FP8 or overlaps communication with these layers.
     """
 
-    def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs
-    ):
-        super().__init__(config, submodules, *args, activation=activation, **kwargs)
-        self.activation_func = ActivationOperation(activation, self.tp_group)
+    def make_activation(self, activation: Activation) -> ActivationOperation:
+        return ActivationOperation(activation, self.tp_group)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs

@@ -20,6 +20,7 @@ from megatron_xact.activations import Activation
 from megatron_xact.activations.record import Grads, Values
 from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.linear import Way
+from megatron_xact.kernels.ops import learned_of
 from megatron_xact.layers.activation import TrainableActivation
 from megatron_xact.layers.te.quantized import can_quantize, quantized_backward, quantized_forward
 from megatron_xact.layers.tensor_parallel import sum_gradients_over_tensor_parallel
@@ -131,9 +132,9 @@ class ActivationOperation(TrainableActivation, BasicOperation):
             p = self.activation.effective(self._named(leaves))
             if self.tp_group is not None:
                 p = sum_gradients_over_tensor_parallel(p, self.tp_group)
-        symbols = [q.symbol for q in self.activation.trainable]
-        partial = [sums[symbol].reshape(1).to(p[symbol].dtype) for symbol in symbols]
-        return list(torch.autograd.grad([p[symbol] for symbol in symbols], leaves, partial))
+            values = learned_of(self.activation, p)
+        partial = [value.reshape(1).to(torch.float32) for value in learned_of(self.activation, sums)]
+        return list(torch.autograd.grad(values, leaves, partial))
 
     def tell_hooks(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Also of a quantized y, which they see in x's dtype."""

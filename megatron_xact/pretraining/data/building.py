@@ -108,13 +108,15 @@ def save(folder: Path, state: State) -> None:
 
 
 def load(folder: Path) -> State | None:
-    """The journal of a stopped run; None if there is none."""
+    """The journal of a stopped run; None if there is none. ValueError: another version of ours wrote it."""
     try:
         record = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        record |= {split: Totals(**record[split]) for split in ("train", "validation")}
+        return State(**record)
     except FileNotFoundError:
         return None
-    record |= {split: Totals(**record[split]) for split in ("train", "validation")}
-    return State(**record)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{folder / JOURNAL} is of another version") from None
 
 
 def is_whole(folder: Path) -> bool:

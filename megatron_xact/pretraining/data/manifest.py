@@ -107,11 +107,14 @@ def load(folder: Path) -> DataManifest:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}); rebuild with --fresh") from None
-    if record.pop("format", None) != FORMAT:
-        raise ValueError(f"{path} was written by another version; rebuild with --fresh")
-    del record["bytes_per_token"]
-    splits = {name: SplitInfo(**record.pop(name)) for name in ("train", "validation")}
-    manifest = DataManifest(folder=folder.resolve(), **splits, **record)
+    try:
+        if record.pop("format") != FORMAT:
+            raise TypeError
+        del record["bytes_per_token"]
+        splits = {name: SplitInfo(**record.pop(name)) for name in ("train", "validation")}
+        manifest = DataManifest(folder=folder.resolve(), **splits, **record)
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} was written by another version; rebuild with --fresh") from None
     for prefix, info in ((TRAIN, manifest.train), (VALIDATION, manifest.validation)):
         for suffix, size in ((".bin", info.bin_bytes), (".idx", info.idx_bytes)):
             file = folder / (prefix + suffix)

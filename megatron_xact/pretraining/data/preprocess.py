@@ -146,7 +146,11 @@ def _reusable(out: Path, settings: dict[str, object]) -> DataManifest | None:
 
 def _resumed(folder: Path, out: Path, settings: dict[str, object], fresh: bool) -> State | None:
     """The state of a stopped run to go on from; None if the build must begin."""
-    state = None if fresh else building.load(folder)
+    try:
+        state = None if fresh else building.load(folder)
+    except ValueError as error:
+        print(f"data: what a stopped run left is dropped: {error}", flush=True)
+        state = None
     if state is not None and (changed := _changes(state.settings, settings)):
         print(f"data: what a stopped run left is dropped: {changed}", flush=True)
         state = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from megatron_xact.argument_types import positive
 from megatron_xact.pretraining.planning.hardware import GPUS
 
 EPILOG = """\
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", metavar="CONFIG", help="TOML file; see configs/")
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="servers (default: 1)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--nodes", type=positive(int), default=1, metavar="N", help="servers (default: 1)")
+    parser.add_argument("--gpus-per-node", type=positive(int), default=8, metavar="N", help="default: 8")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="default: h100")
     parser.add_argument(
         "--mfu", type=_share, metavar="SHARE", help="of the GPU's peak while it works, e.g. 0.42, measured by you"
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="build one rank's model instead")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="of the dry run (default: 0)")
     parser.add_argument(
-        "--world-size", type=_positive, metavar="W", help="GPUs in all, instead of nodes times GPUs per node"
+        "--world-size", type=positive(int), metavar="W", help="GPUs in all, instead of nodes times GPUs per node"
     )
 
 
@@ -64,12 +65,6 @@ def main(args: argparse.Namespace) -> int:
     plan = report.make(fitting, GPUS[args.gpu], args.mfu)
     print(json.dumps(report.as_dict(plan), indent=1) if args.json else report.text(plan))
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
 
 
 def _share(text: str) -> float:
