@@ -25,7 +25,7 @@ from megatron_xact import installed
 OK, WARNING, ABSENT, BLOCKING = "ok", "warning", "absent", "blocking"
 # The dependencies of pyproject.toml and their oldest versions. pip sees to them, but not in a container where this runs
 # from a clone by PYTHONPATH.
-OLDEST = {"megatron-core": (0, 19), "torch": (2, 6), "numpy": (), "psutil": (), "tensorboard": (), "tokenizers": (),
+OLDEST = {"megatron-core": (0, 19), "torch": (2, 8), "numpy": (), "psutil": (), "tensorboard": (), "tokenizers": (),
           "transformers": (5, 1), "safetensors": (), "matplotlib": (), "scipy": (), "tqdm": ()}  # fmt: skip
 
 
