@@ -51,7 +51,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--tokens-per-second", type=positive(float), metavar="N",
                        help="of the largest size; hours from that, others by FLOPs")  # fmt: skip
-    speed.add_argument("--gpu", metavar="KIND", help="a100, h100, h200: hours as `xact plan` expects them")
+    speed.add_argument("--gpu", metavar="KIND", help="a100-40gb, a100, h100, h200: hours as `xact plan` expects them")
     speed.add_argument("--measure", action="store_true", help="train every model a few steps here; hours from that")
     parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="per run, with --gpu (default: 1)")
     parser.add_argument("--noise", type=positive(float), default=0.002, metavar="NAT",

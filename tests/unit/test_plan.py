@@ -237,9 +237,17 @@ def test_the_nearest_changes_least(capsys):
     assert "or the config as it is on --nodes 4" in plan(capsys, BIG, "--nodes", "3")[2]
 
 
+def test_a_batch_that_no_layout_of_these_gpus_divides_is_answered_with_one_that_it_does(capsys):
+    words = ["--nodes", "3", "--gpus-per-node", "7"]
+    said = plan(capsys, BIG, *words)[2]
+    assert "nothing fits 21 GPUs but another batch: --global-batch-size 630" in said  # 15 x 2 x 21, where 640 was asked
+    assert plan(capsys, BIG, *words, "--global-batch-size", "630")[0] == 0
+
+
 def test_where_nothing_helps_it_says_so(capsys):
     huge = "--hidden-size 32768 --ffn-hidden-size 196608 --num-attention-heads 256"
-    assert "nothing fits 8 GPUs" in plan(capsys, BIG, *huge.split())[2]
+    said = plan(capsys, BIG, *huge.split())[2]
+    assert "nothing fits 8 GPUs" in said and "another batch" not in said
 
 
 @pytest.mark.parametrize(

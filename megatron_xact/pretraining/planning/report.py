@@ -110,9 +110,9 @@ def _model(plan: Plan) -> str:
     groups = shape.groups or shape.heads
     heads = f"{shape.heads} heads" + (f" ({groups} key-value)" if groups != shape.heads else "")
     lines = [
-        f"model       {short(total)} parameters: {shape.layers} layers of {shape.hidden:,}, {heads} of "
-        f"{shape.head_size}, ffn {shape.ffn:,}{' gated' if shape.gated else ''}, {job.config.activation.name}, "
-        f"vocabulary {shape.vocab:,}, sequence {shape.sequence:,}"
+        f"model       {short(total)} parameters: {shape.layers} layer{'s' * (shape.layers > 1)} of {shape.hidden:,}, "
+        f"{heads} of {shape.head_size}, ffn {shape.ffn:,}{' gated' if shape.gated else ''}, "
+        f"{job.config.activation.name}, vocabulary {shape.vocab:,}, sequence {shape.sequence:,}"
     ]
     for group, number in count.items():
         said = " (tied to the embedding)" if group == "head" and shape.tied else ""
@@ -140,7 +140,7 @@ def _schedule(plan: Plan) -> str:
     return (
         f"batch       {layout.batch:,} sequences = {layout.micro_batch} (micro) x {layout.data:,} (data) x {spread}; "
         f"{short(job.tokens_per_step)} tokens\n"
-        f"schedule    {job.steps:,} steps, {short(job.tokens)} tokens, {job.tokens / total:.1f} per parameter: {steps}"
+        f"schedule    {job.steps:,} steps, {short(job.tokens)} tokens, {job.tokens / total:.3g} per parameter: {steps}"
     )
 
 
@@ -211,7 +211,7 @@ def _checkpoints(plan: Plan) -> str:
         kept = f"the newest {settings.keep_checkpoints}{milestones} are kept"
     return (
         f"{size}, every {found.interval:,} steps ({duration(found.interval * plan.time.step)}); {kept}: "
-        f"{found.kept} in the end, {found.disk / 1e9:,.0f} GB of disk"
+        f"{found.kept} in the end, {found.disk / 1e9:,.1f} GB of disk"
     )
 
 

@@ -94,8 +94,26 @@ def _way_out(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, 
     changes = nearest(config, args, gpus, gpus_per_node, gpu)
     there = f"{gpus} GPU" + "s" * (gpus > 1)
     told = f"nothing fits {there}" if changes is None else f"nearest that fits {there}: {_flags(changes)}"
+    if changes is None and (batch := nearest_batch(config, args, gpus, gpus_per_node, gpu)):
+        told += f" but another batch: --global-batch-size {batch}"
     nodes = nearest_nodes(config, args, gpus, gpus_per_node, gpu)
     return told if nodes is None else f"{told}; or the config as it is on --nodes {nodes}"
+
+
+def nearest_batch(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> int | None:
+    """The global batch, nearest to the one asked for, with which the layout asked for works; None: none does."""
+    ranks_of_a_replica = (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    at_once = args.micro_batch_size * (gpus // ranks_of_a_replica)
+    if not at_once:
+        return None
+    batch = max(1, round((args.global_batch_size or at_once) / at_once)) * at_once
+    changed = Namespace(**(vars(args) | {"global_batch_size": batch}))
+    try:
+        return batch if misfit(with_layout(config, changed, gpus, gpus_per_node), gpu) is None else None
+    except ValueError:
+        return None
 
 
 def nearest_nodes(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> int | None:
