@@ -38,7 +38,7 @@ PROMPT, CONTINUATION = 24, 16  # tokens of the greedy continuation's prompt, and
 
 def main(args: argparse.Namespace) -> int:
     """The subcommand. Exit code 0: the same model; 1: not."""
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    text = args.text.read_text(encoding="utf-8") if args.text else None
     report = verify(
         args.a, args.b, text=text, tokenizer=args.tokenizer, tolerance=args.tolerance, logits=not args.tensors_only
     )

@@ -59,7 +59,7 @@ def _give_time_to_save() -> None:
     """torchrun's --shutdown-timeout, which torch 2.11 and earlier lack. Not before a signal: where a rank has failed,
     the others need no more than 30 s."""
     close = PContext.close
-    PContext.close = lambda self, death_sig=None, timeout=SAVING: close(self, death_sig, max(timeout, SAVING))
+    PContext.close = lambda self, death_sig=None, timeout=None: close(self, death_sig, SAVING)
 
 
 if __name__ == "__main__":

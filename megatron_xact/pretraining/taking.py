@@ -45,8 +45,8 @@ def taking(run: Path | None, node: int = 0) -> Iterator[None]:
                 f"{max(rank.step, 0)}; {_WAYS_OUT}"
             )
         if node == 0:
-            for file in _unended(run):  # dead, as has just been seen: the next start need not look again
-                file.unlink(missing_ok=True)
+            for dead in _unended(run):  # as has just been seen: the next start need not look again
+                dead.unlink(missing_ok=True)
         yield
 
 

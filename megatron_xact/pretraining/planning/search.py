@@ -1,7 +1,8 @@
 """The nearest layout that fits, where the one asked for does not: what to set, and nothing that changes the training.
 
-Searched are tensor, pipeline and context parallelism, the micro-batch and recomputation; the global batch stays. Near
-means few and small changes, the cheapest in speed first: the weights of `_distance` are a judgement, not a measurement.
+Searched are tensor, pipeline and context parallelism, the micro-batch and recomputation; the global batch stays. (Where
+none of these helps, another batch that would is named apart.) Near means few and small changes, the cheapest in speed
+first: the weights of `_distance` are a judgement, not a measurement.
 """
 
 from __future__ import annotations
@@ -53,13 +54,17 @@ def nearest(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, g
     """What to change in `args`, by Megatron's variables, so that the run is legal and fits; None: nothing helps."""
     candidates = sorted(_candidates(args, gpus, gpus_per_node), key=lambda pair: pair[0])
     for _, changes in candidates:
-        changed = Namespace(**(vars(args) | changes))
-        try:
-            if misfit(with_layout(config, changed, gpus, gpus_per_node), gpu) is None:
-                return {name: value for name, value in changes.items() if value != getattr(args, name)}
-        except ValueError:
-            continue
+        if _works(config, Namespace(**(vars(args) | changes)), gpus, gpus_per_node, gpu):
+            return {name: value for name, value in changes.items() if value != getattr(args, name)}
     return None
+
+
+def _works(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> bool:
+    """Is the layout that `args` ask for legal, and does it fit?"""
+    try:
+        return misfit(with_layout(config, args, gpus, gpus_per_node), gpu) is None
+    except ValueError:
+        return False
 
 
 def _candidates(args: Namespace, gpus: int, gpus_per_node: int) -> Iterator[tuple[float, dict]]:
@@ -110,21 +115,15 @@ def nearest_batch(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: 
         return None
     batch = max(1, round((args.global_batch_size or at_once) / at_once)) * at_once
     changed = Namespace(**(vars(args) | {"global_batch_size": batch}))
-    try:
-        return batch if misfit(with_layout(config, changed, gpus, gpus_per_node), gpu) is None else None
-    except ValueError:
-        return None
+    return batch if _works(config, changed, gpus, gpus_per_node, gpu) else None
 
 
 def nearest_nodes(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> int | None:
     """The number of whole nodes, nearest to what there is, on which the layout asked for works; None: none does."""
     here = max(1, gpus // gpus_per_node)
     for nodes in sorted(range(1, 4 * here + 1), key=lambda n: abs(math.log2(n / here))):
-        try:
-            if misfit(with_layout(config, args, nodes * gpus_per_node, gpus_per_node), gpu) is None:
-                return nodes
-        except ValueError:
-            continue
+        if _works(config, args, nodes * gpus_per_node, gpus_per_node, gpu):
+            return nodes
     return None
 
 
