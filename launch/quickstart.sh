@@ -47,7 +47,6 @@ if [ -n "$fresh" ] && [ -e "$out" ]; then
         echo "quickstart: error: $out holds no run of this script; --fresh would delete it. Name another --out" >&2
         exit 2
     fi
-    rm -rf "$out"
 fi
 
 start=$SECONDS
@@ -55,6 +54,21 @@ bash launch/env.sh
 installed=$SECONDS
 # One intra-op thread per rank: two ranks share two cores, and more would only wait for each other.
 export PATH="$PWD/.venv/bin:$PATH"
+if [ -n "$fresh" ] && [ -e "$out" ]; then
+    python - "$out" <<'END'  # not under the feet of a run that is at work there
+import subprocess, sys
+from pathlib import Path
+from megatron_xact.pretraining.exits import TAKEN
+from megatron_xact.pretraining.taking import Taken, taking
+
+try:
+    with taking(Path(sys.argv[1])):
+        subprocess.run(["rm", "-rf", "--", sys.argv[1]], check=True)
+except Taken as error:
+    print(f"quickstart: error: {error}", file=sys.stderr)
+    sys.exit(TAKEN)
+END
+fi
 xact data prepare --source "$source_" --out "$out/data" $fresh
 xact pretrain configs/quickstart.toml --quiet \
     --train-data-path "$out/data/train_text_document" --valid-data-path "$out/data/validation_text_document" \

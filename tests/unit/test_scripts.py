@@ -7,9 +7,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_xact.pretraining.exits import TAKEN
+from megatron_xact.pretraining.taking import taking
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +43,10 @@ def quickstart(tmp_path):
     (tmp_path / "launch" / "env.sh").touch()
     xact = tmp_path / ".venv" / "bin" / "xact"
     xact.write_text(XACT)
-    xact.chmod(0o755)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"\n')
+    for program in (xact, python):
+        program.chmod(0o755)
 
     def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         log = Path(f"{xact}.log")
@@ -74,6 +81,16 @@ def test_fresh_deletes_no_folder_that_is_not_its_own(quickstart, tmp_path):
     done, asked = quickstart("--fresh", "--out", str(tmp_path / "mine"))
     assert (done.returncode, asked) == (2, []) and (tmp_path / "mine" / "thesis.tex").exists()
     assert done.stderr.count("\n") == 1 and "holds no run of this script; --fresh would delete it" in done.stderr
+
+
+def test_fresh_deletes_no_folder_in_which_a_run_is_at_work(quickstart, tmp_path):
+    run = tmp_path / "runs" / "quickstart"
+    assert quickstart()[0].returncode == 0
+    with taking(run):
+        done, asked = quickstart("--fresh")
+    assert (done.returncode, asked) == (TAKEN, []) and (run / "iter_0000001").exists()
+    assert done.stderr.count("\n") == 1 and f"process {os.getpid()}" in done.stderr
+    assert quickstart("--fresh")[0].returncode == 0
 
 
 def test_to_print_its_arguments_quickstart_neither_exports_nor_deletes(quickstart, tmp_path):
