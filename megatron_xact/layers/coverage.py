@@ -37,6 +37,7 @@ NEVER = (
     Feature("hybrid-layer-pattern", ("hybrid_layer_pattern",), "leave it out", "layers of several kinds"),
     Feature("heterogeneous-layers-config-path", ("heterogeneous_layers_config_path",), "leave it out",
             "layers of several kinds"),
+    Feature("enable-mhc-connections", ("enable_mhc_connections",), "leave it out", "hyper-connections"),
 )  # fmt: skip
 _FULL = "leave it out, for attention to all of the past"
 _OWN_FP8 = 'mlp = "fp8" in [xact] computes the MLPs in FP8 without it'

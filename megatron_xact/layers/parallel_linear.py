@@ -87,9 +87,7 @@ class Function(Protocol):
 def run(mlp: ActivationMLP, hidden_states: Tensor, function: Function) -> tuple[Tensor, Tensor | None]:
     """As ActivationMLP.forward, with `function` in the place of its two linear layers and the activation."""
     fc1, activation_func, fc2 = mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2
-    for module in (fc1, activation_func, fc2):
-        for hook in module._forward_pre_hooks.values():  # DDP's: parameters on their way are waited for
-            hook(module, ())
+    await_parameters(mlp)
     activation = activation_func.activation
     learned = learned_of(activation, activation_func.differentiable_values())
     call = Call(
@@ -100,6 +98,13 @@ def run(mlp: ActivationMLP, hidden_states: Tensor, function: Function) -> tuple[
     if fc2.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(out, group=mlp.tp_group), fc2.bias
     return reduce_from_tensor_model_parallel_region(out, group=mlp.tp_group), fc2.bias
+
+
+def await_parameters(mlp: ActivationMLP) -> None:
+    """DDP's pre-hooks, where the layer's parts are not called as modules: parameters on their way are waited for."""
+    for module in (mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2):
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _local_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
 
 
 def _announce(activation: Activation, config: TransformerConfig, local: str | None) -> None:
-    # Megatron trains its default layer, with exit code 0, when --spec names something it cannot import. So the
+    # Megatron 0.19 trains its default layer, with exit code 0, when --spec names something it cannot import. So the
     # presence of this line is what tells a user (and a log search) that the activation is really in.
     learned = ", ".join(q.name for q in activation.trainable) or "none"
     layer = "TransformerEngine" if local is None else f"local ({local})" if local == coverage.NO_TE else "local"

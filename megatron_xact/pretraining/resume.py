@@ -51,8 +51,11 @@ def refuse_misfit(checkpoint: Path, args: Namespace, activation: dict[str, objec
     if not (args.finetune or args.no_load_optim or args.skip_train or checkpoint.name == "release"):
         _refuse_other_engine(checkpoint, getattr(saved, "xact_engine", "megatron"), engine)
         _refuse_other_optimizer(checkpoint, saved, common.get("content_metadata") or {}, args)
+        schedule = common.get("opt_param_scheduler") or {}
+        if engine == "megatron":
+            _refuse_other_rates(checkpoint, schedule, args)
         if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-            _refuse_other_schedule(checkpoint, common.get("opt_param_scheduler") or {}, args)
+            _refuse_other_schedule(checkpoint, schedule, args)
 
 
 def unreadable(checkpoint: Path) -> str | None:
@@ -127,6 +130,16 @@ def _refuse_other_optimizer(checkpoint: Path, saved: Namespace, metadata: dict, 
                 f"the distributed optimizer's state in checkpoint {checkpoint} was saved for tensor x pipeline "
                 f"= {theirs[0]} x {theirs[1]} and cannot be loaded at {ours[0]} x {ours[1]}: save it with "
                 "dist-ckpt-optim-fully-reshardable = true, or load without it (no-load-optim = true)"
+            )
+
+
+def _refuse_other_rates(checkpoint: Path, saved: dict, args: Namespace) -> None:
+    """Whichever schedule counts: by these Megatron looks for the state of each parameter group, and finds none."""
+    for name, key, value in (("lr", "max_lr", args.lr), ("min-lr", "min_lr", args.min_lr)):
+        if key in saved and value is not None and saved[key] != value:
+            raise ValueError(
+                f"checkpoint {checkpoint} was trained with {name} = {saved[key]}, but this run has {value}, with which "
+                "Megatron cannot load the optimizer's state: make them equal, or load without it (no-load-optim = true)"
             )
 
 

@@ -168,6 +168,7 @@ def test_a_missing_config(refused, tmp_path):
         ("one", [*GATED], 1, "but this run has xsilu_glu1 (alpha trainable)"),
         ("one", ["--num-layers", "4"], 1, "has num-layers = 2, but this run 4"),
         ("one", ["--lr", "0.02"], 1, "was trained with lr = 0.01, but this run has 0.02"),
+        ("one", ["--min-lr", "0.001", "--override-opt-param-scheduler"], 1, "load without it (no-load-optim = true)"),
         ("one", ["--train-iters", "20"], 1, "override-opt-param-scheduler = true"),
         ("one", DISTRIBUTED, 2, "holds the state of a plain optimizer, but this run has the distributed one"),
         ("dp2", [], 1, "holds the state of the distributed optimizer, but this run has a plain one"),
@@ -194,7 +195,9 @@ def test_a_checkpoint_of_another_run(runs, refused, run, words, ranks, told):
     "words",
     [
         ["--train-iters", "20", "--override-opt-param-scheduler"],
+        ["--train-iters", "20", "--use-checkpoint-opt-param-scheduler"],
         ["--train-iters", "20", "--no-load-optim"],
+        ["--lr", "0.02", "--no-load-optim"],
         ["--lr", "0.02", "--finetune"],
         [*DISTRIBUTED, "--no-load-optim"],
         [*TP2, *PP2],

@@ -91,9 +91,13 @@ def run_operations(model) -> dict:
         seen = []
         hook = mlp.activation_func.register_forward_hook(lambda m, args, y, seen=seen: seen.append(list(y.shape)))
         own = x.bfloat16().requires_grad_()
+        mlp(own)
+        awaited = []  # as by DDP, which puts its hooks on every module after the first step
+        waiting = [m.register_forward_pre_hook(lambda m, _, a=awaited: a.append(m)) for m in mlp.children()]
         y, bias = mlp(own)
         y.backward(dout.bfloat16())
-        hook.remove()
+        for handle in (hook, *waiting):
+            handle.remove()
         fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
         ours = {"y": y.detach(), "x": own.grad, "norm": fc1.layer_norm_weight.grad, "w1": fc1.weight.grad}
         ours |= {"w2": fc2.weight.grad} | {name: p.grad for name, p in mlp.activation_func.named_parameters()}
@@ -103,6 +107,7 @@ def run_operations(model) -> dict:
             "errors": {n: ((ours[n].float() - true[n]).abs().max() / true[n].abs().max()).item() for n in true},
             "ops": [type(op).__name__ for op, _ in fuser._forward_ops],
             "hooked": seen,
+            "awaited": sorted({type(module).__name__ for module in awaited}),
             "bias": bias,
         }
         mlp.zero_grad()

@@ -43,7 +43,13 @@ def test_megatrons_mlp_of_te_operations_computes_the_formula(built, way):
 
 def test_hooks_on_the_activation_of_te_operations_see_its_output(built):
     for way in ("apart", "joint"):
-        assert built["run"][way]["hooked"] == [[8, 2, 128]]  # once, and not by Megatron with nothing to look at
+        # once in each of two passes, and not by Megatron with nothing to look at
+        assert built["run"][way]["hooked"] == [[8, 2, 128]] * 2
+
+
+def test_te_operations_wait_for_parameters_by_hooks_that_ddp_adds_after_the_first_step(built):
+    for way in ("apart", "joint"):
+        assert built["run"][way]["awaited"] == sorted(built["operations"]["classes"].values())
 
 
 # --- mlp = "auto" -----------------------------------------------------------------------------------------------------

@@ -347,9 +347,16 @@ def test_refuses_what_the_spec_does_not_cover(groups, feature):
         specs.xielu(gpt(REFUSED[feature]()))
 
 
-@pytest.mark.parametrize("key", ["hybrid_layer_pattern", "heterogeneous_layers_config_path"])
-def test_refuses_layers_of_several_kinds(key):
-    with pytest.raises(Unsupported, match=f"layers of several kinds .{key.replace('_', '-')} = 'x'. is not supported"):
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("hybrid_layer_pattern", "layers of several kinds"),
+        ("heterogeneous_layers_config_path", "layers of several kinds"),
+        ("enable_mhc_connections", "hyper-connections"),  # Megatron 0.20
+    ],
+)
+def test_refuses_layers_that_it_does_not_build(key, what):
+    with pytest.raises(Unsupported, match=f"{what} .{key.replace('_', '-')} = 'x'. is not supported"):
         coverage.refuse(Namespace(**{key: "x"}), None)
 
 

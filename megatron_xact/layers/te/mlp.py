@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import TEFusedMLP
 from torch import Tensor
+from transformer_engine.pytorch.ops import GEGLU, GELU, Sequential
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import mlp_choice
-from megatron_xact.layers import fused_mlp
+from megatron_xact.layers import fused_mlp, parallel_linear
 from megatron_xact.layers.mlp import ActivationMLP
 from megatron_xact.layers.te.joint import JOINT_FUSION
 from megatron_xact.layers.te.linear_input import QuantizingActivation
@@ -51,10 +53,20 @@ class OperationMLP(ActivationMLP, TEFusedMLP):
             return "joining TransformerEngine's operations needs TransformerEngine >= 2.17"
         return fused_mlp.unfit_config(self.config, mlp_choice.selected())
 
-    def _make_activation_op(self, *args, **kwargs) -> ActivationOperation:
-        return self.activation_func
+    def _make_fused_impl(self) -> Sequential:
+        """Megatron's operations, made as for GELU, in the place of which ours then stands: it knows few functions."""
+        self.__dict__["activation_func"] = F.gelu  # found before the module of that name
+        try:
+            operations = super()._make_fused_impl()
+        finally:
+            del self.__dict__["activation_func"]
+        (at,) = (i for i, op in enumerate(operations) if isinstance(op, (GELU, GEGLU)))
+        operations[at] = self.activation_func
+        return operations
 
     def _register_hooks_on_fused_impl(self, fused_impl: torch.nn.Module) -> None:
+        # Megatron 0.19 goes on with the pre-hooks that are there in the first step, for which DDP takes its own away.
+        fused_impl.register_forward_pre_hook(lambda *_: parallel_linear.await_parameters(self))
         # Megatron would call the activation's hooks without its input and output; the operation calls them with both.
-        with without_forward_hooks(self.activation_func):
+        with without_forward_hooks(self._modules["activation_func"]):
             super()._register_hooks_on_fused_impl(fused_impl)
