@@ -14,6 +14,7 @@ import functools
 import io
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,7 @@ Scalar = bool | int | float | str
 Value = Scalar | list
 
 # Flags that a config may not set, with the way out.
-_ACTIVATION = (
-    'the MLP follows from the activation: set name = "..." in [activation] (`xact doctor` lists the names)'
-)
+_ACTIVATION = 'the MLP follows from the activation: set name = "..." in [activation] (`xact doctor` lists the names)'
 REFUSED = {
     "swiglu": _ACTIVATION,
     "quick-geglu": _ACTIVATION,
@@ -39,7 +38,6 @@ REFUSED = {
     "yaml-cfg": "this file takes its place",
     "help": "run `xact pretrain --help`",
 }
-
 
 # Where training finds its data: prefixes of indexed files, and files that list them.
 DATA_PREFIXES = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
@@ -77,7 +75,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """In one line; many of Megatron's assertions have no words of their own."""
+    """The error in one line; many of Megatron's assertions have no message, so their source line stands in for it."""
     if str(error):
         return why_not(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -134,13 +132,7 @@ class Flag:
             raise ValueError(f"expected {self.expected}")
         try:
             parse(self.tokens(value))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AssertionError,
-            SyntaxError,
-        ) as error:  # whatever `type=` raises
+        except (ValueError, KeyError, TypeError, AssertionError, SyntaxError) as error:  # whatever `type=` raises
             raise ValueError(f"expected {self.expected}") from error
         return value
 
@@ -171,9 +163,7 @@ class Flag:
         """The typed value of command-line words, the inverse of `tokens`."""
         if self.boolean:
             if words:
-                raise ValueError(
-                    "it takes no value; to switch a flag of the config off, use --set table.key=false"
-                )
+                raise ValueError("it takes no value; to switch a flag of the config off, use --set table.key=false")
             return True
         if not self.many and len(words) != 1:
             raise ValueError(f"expected {self.expected}")
@@ -213,24 +203,25 @@ def find(key: str) -> tuple[Flag, bool]:
 
 def _suggestion(name: str, flags: dict[str, Flag]) -> str:
     for flag in flags.values():
-        if (
-            _normal(flag.action.dest) == name
-        ):  # add-bias-linear is Megatron's variable, disable-bias-linear its flag
+        if _normal(flag.action.dest) == name:  # e.g. add-bias-linear: the variable of the flag disable-bias-linear
             return f"Megatron's flag for it is {flag.name!r}"
     near = difflib.get_close_matches(name, flags, n=1)
     return f"nearest: {near[0]!r}" if near else "see Megatron's arguments"
 
 
-def read_tokens(words: list[str]) -> dict[str, Value]:
+def command_line(settings: Mapping[str, Value]) -> list[str]:
+    """{key: typed value} as the words of Megatron's command line. ValueError: unknown or refused key."""
+    return [word for key, value in settings.items() for word in find(key)[0].tokens(value)]
+
+
+def read_tokens(words: Sequence[str]) -> dict[str, Value]:
     """Command-line overrides, e.g. ["--train-iters", "100", "--bf16"], as {key: typed value}."""
     result: dict[str, Value] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(
-                f"{word!r} belongs to no argument; the config file comes first, then --flag value ..."
-            )
+            raise ValueError(f"{word!r} belongs to no argument; the config file comes first, then --flag value ...")
         key, equals, inline = word[2:].partition("=")
         values = [inline] if equals else []
         while rest and not rest[0].startswith("--"):

@@ -54,7 +54,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
     model(args, num_query_groups_given="num-query-groups" in config.megatron)
     parallel(args, world_size)
     _data(args)
-    _loader(config.xact.loader)
+    _loader(config)
     _mlp(config.mlp)
     if config.xact.sample_tokens and args.pipeline_model_parallel_size > 1:
         raise ValueError("sample-tokens needs pipeline-model-parallel-size = 1: set sample-tokens = 0 in [xact]")
@@ -146,11 +146,7 @@ def model(args: Namespace, num_query_groups_given: bool) -> None:
 
 def parallel(args: Namespace, world_size: int) -> None:
     """Sizes against the ranks that share them. ValueError: what does not divide."""
-    tp, pp, cp = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-    )
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     tp_name, groups = "tensor-model-parallel-size", args.num_query_groups
     _divides(tp, tp_name, args.num_attention_heads, "num-attention-heads")
     if args.padded_vocab_size is not None:
@@ -174,18 +170,23 @@ def parallel(args: Namespace, world_size: int) -> None:
         counted = " (with embedding and loss)" if extra else ""
         _divides(pp, "pipeline-model-parallel-size", args.num_layers + extra, f"num-layers{counted}")
 
-    model = tp * pp * cp
-    if world_size % model:
+    replica = ranks_per_replica(args)
+    if world_size % replica:
         raise ValueError(
             f"{world_size} process(es) cannot be split into tensor {tp} x pipeline {pp} x context {cp} "
-            f"= {model} parallel ranks; start a multiple of that (--nproc-per-node) or reduce these sizes"
+            f"= {replica} parallel ranks; start a multiple of that (--nproc-per-node) or reduce these sizes"
         )
-    dp, batch, micro = world_size // model, args.global_batch_size, args.micro_batch_size
+    dp, batch, micro = world_size // replica, args.global_batch_size, args.micro_batch_size
     if batch is not None and not args.decrease_batch_size_if_needed and batch % (micro * dp):
         raise ValueError(
             f"global-batch-size = {batch} must be a multiple of micro-batch-size x data-parallel size = "
             f"{micro} x {dp} = {micro * dp}"
         )
+
+
+def ranks_per_replica(args: Namespace) -> int:
+    """Over how many ranks one copy of the model is split."""
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
 
 
 def ffn_size(args: Namespace) -> int:
@@ -222,9 +223,23 @@ def _need(module: str, key: str, value: str, install: str) -> None:
         )
 
 
-def _loader(loader: str) -> None:
-    if loader == "dali":
-        _need("nvidia.dali", "loader", loader, installed.extra("dali"))
+# What the DALI loader does not do; its batches reach Megatron as those of an external loader.
+NOT_WITH_DALI = (
+    "dataloader-type",
+    "full-validation",
+    "multiple-validation-sets",
+    "hybrid-context-parallel",
+    "phase-transition-iterations",
+)
+
+
+def _loader(config: RunConfig) -> None:
+    if config.xact.loader != "dali":
+        return
+    for key in NOT_WITH_DALI:
+        if config.megatron.get(key):
+            raise ValueError(f'loader = "dali" in [xact] does not go with {key} = {config.megatron[key]!r}')
+    _need("nvidia.dali", "loader", "dali", installed.extra("dali"))
 
 
 def _mlp(mlp: str) -> None:
@@ -309,14 +324,7 @@ def optimizer(args: Namespace, activation: ActivationConfig) -> None:
 
 
 # What is written for Megatron's buffers of gradients, and what has not been tried.
-NOT_WITH_DEEPSPEED = (
-    "use-megatron-fsdp",
-    "use-torch-fsdp2",
-    "fp16",
-    "fp8-format",
-    "calculate-per-token-loss",
-    "step-batch-size-schedule",
-)
+NOT_WITH_DEEPSPEED = ("fp16", "fp8-format", "calculate-per-token-loss", "step-batch-size-schedule")
 
 
 def _deepspeed(args: Namespace, config: RunConfig) -> None:
@@ -325,7 +333,7 @@ def _deepspeed(args: Namespace, config: RunConfig) -> None:
         if config.megatron.get(key):
             raise ValueError(f'engine = "deepspeed" in [xact] does not go with {key} = {config.megatron[key]!r}')
     for key, value in (("pipeline-model-parallel-size", 1), ("context-parallel-size", 1), ("optimizer", "adam"),
-                       ("ckpt-format", "torch_dist"), ("transformer-impl", "local")):  # fmt: skip
+                       ("transformer-impl", "local")):  # fmt: skip
         if config.megatron.get(key, value) != value:
             raise ValueError(f'engine = "deepspeed" in [xact] needs {key} = {value!r}, not {config.megatron[key]!r}')
     if config.mlp == "fp8":
@@ -386,30 +394,24 @@ def _trainer(args: Namespace) -> None:
 
 
 def _checkpoint(args: Namespace, activation: dict[str, object], branch: BranchConfig, engine: str) -> None:
-    folders = {
-        name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")
-    }
+    folders = {name: getattr(args, name.replace("-", "_")) for name in ("save", "load", "pretrained-checkpoint")}
     folders = {name: Path(path) for name, path in folders.items() if path is not None and "://" not in path}
     for name, folder in folders.items():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{name} = {str(folder)!r} is a file; it must be a folder")
     if "save" in folders and not (args.skip_train or choice.resumes(args)):
         _refuse_to_start_over(folders["save"])
-    loaded = []
-    if "load" in folders:
-        loaded.append(choice.pick(args, branch.start).checkpoint)
+    checkpoint = choice.pick(args, branch.start).checkpoint if "load" in folders else None
     # Read by Megatron as long as the run has no checkpoint of its own, and then for its weights alone.
-    if (folder := folders.get("pretrained-checkpoint")) is not None and not any(loaded):
-        args = Namespace(**vars(args) | {"finetune": True})
+    if checkpoint is None and (folder := folders.get("pretrained-checkpoint")) is not None:
         if args.ckpt_step is None and not (folder / TRACKER).is_file():
             raise FileNotFoundError(f"pretrained-checkpoint: no checkpoint in {folder} (no {TRACKER})")
-        loaded.append(check_checkpoint(folder, args.ckpt_step))
-    for checkpoint in loaded:
-        if checkpoint is not None and (checkpoint / ".metadata").is_file():
-            leaves_trunk = bool(branch.trunk) and checkpoint.parent == Path(branch.trunk)  # and its schedule
-            override = args.override_opt_param_scheduler or leaves_trunk
-            new = Namespace(**vars(args) | {"override_opt_param_scheduler": override})
-            resume.refuse_misfit(checkpoint, new, activation, engine)
+        checkpoint = check_checkpoint(folder, args.ckpt_step)
+        args = Namespace(**vars(args) | {"finetune": True})
+    if checkpoint is not None and (checkpoint / ".metadata").is_file():
+        if branch.trunk and checkpoint.parent == Path(branch.trunk):  # whose schedule the branch leaves
+            args = Namespace(**vars(args) | {"override_opt_param_scheduler": True})
+        resume.refuse_misfit(checkpoint, args, activation, engine)
 
 
 def _refuse_to_start_over(save: Path) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -81,9 +81,9 @@ class XactConfig:
     kernels: str = "auto"
     """What computes activations: "auto" (the fastest there is), "triton" (that or an error), "reference" (torch)."""
     mlp: str = "unfused"
-    """Activations inside the MLP's GEMMs: "auto" (where measured to be faster), "unfused", or "triton" or "quack".
+    """Activations inside the MLP's GEMMs: "triton" or "quack", "auto" (where measured to be faster), or "unfused".
 
-    Not "auto" by default as long as the fused kernels have not run on a GPU. Or "fp8": its products in FP8, see [fp8].
+    Not "auto" by default as long as the fused kernels have not run on a GPU. "fp8": the MLP's GEMMs in FP8, see [fp8].
     """
     engine: str = "megatron"
     """What shards optimizer states and parameters over data-parallel ranks: "megatron", or "deepspeed" (its ZeRO)."""
@@ -158,24 +158,23 @@ class BranchConfig:
 
 OURS = {"xact": XactConfig, "launch": LaunchConfig, "fp8": FP8Config, "deepspeed": DeepSpeedConfig,
         "branch": BranchConfig}  # fmt: skip
-AFTER = ("restart", "stop")
-CHOICES = {"kernels": backends.CHOICES, "signal": signals.CHOICES, "on_failure": AFTER, "on_nan": AFTER}
-CHOICES |= {"mlp": mlp_choice.CHOICES, "loader": ("megatron", "dali")}
-CHOICES |= {"engine": ("megatron", "deepspeed"), "zero_stage": (1, 2, 3), "gradients": tuple(fp8_product.GRADIENTS)}
+CHOICES = {
+    "kernels": backends.CHOICES,
+    "mlp": mlp_choice.CHOICES,
+    "engine": ("megatron", "deepspeed"),
+    "loader": ("megatron", "dali"),
+    "signal": signals.CHOICES,
+    "on_failure": ("restart", "stop"),
+    "on_nan": ("restart", "stop"),
+    "gradients": tuple(fp8_product.GRADIENTS),
+    "zero_stage": (1, 2, 3),
+}
 # Megatron's sharding of the optimizer, which one config may ask for while engine = "deepspeed" puts ZeRO in its place.
 ZERO_INSTEAD = ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather")
 # What Megatron asks TransformerEngine for, left out where [fp8] is not enabled.
 FP8_PREFIXES = ("fp8-", "reuse-grad-buf-for-mxfp8-param-ag")
 # Steps; Megatron 0.19.2 divides by its own, and has no default.
 EVAL_INTERVAL = 1000
-# What the DALI loader does not do; its batches reach Megatron as those of an external loader.
-NOT_WITH_DALI = (
-    "dataloader-type",
-    "full-validation",
-    "multiple-validation-sets",
-    "hybrid-context-parallel",
-    "phase-transition-iterations",
-)
 Setting = bool | int | str
 
 
@@ -199,8 +198,7 @@ class RunConfig:
         """Megatron's command line; with --swiglu if gated: Megatron sizes fc1 and counts FLOPs by it."""
         left_out = ZERO_INSTEAD if self.xact.engine == "deepspeed" else ()
         left_out += () if self.fp8.enabled else FP8_PREFIXES
-        given = ((key, value) for key, value in self.megatron.items() if not key.startswith(left_out))
-        words = [word for key, value in given for word in arguments.find(key)[0].tokens(value)]
+        words = arguments.command_line({k: v for k, v in self.megatron.items() if not k.startswith(left_out)})
         if "eval-interval" not in self.megatron:
             words += ["--eval-interval", str(EVAL_INTERVAL)]
         if self.xact.loader == "dali":
@@ -213,17 +211,17 @@ class RunConfig:
 
     @property
     def mlp(self) -> str:
-        """What `mlp` in [xact] comes to."""
+        """`mlp` in [xact]; "unfused" in the place of an "fp8" that [fp8] switches off."""
         return self.xact.mlp if self.fp8.enabled or self.xact.mlp != mlp_choice.FP8 else linear.UNFUSED
 
     @property
     def asks_for_fp8(self) -> bool:
         return self.fp8.enabled and (self.xact.mlp == mlp_choice.FP8 or bool(self.megatron.get("fp8-format")))
 
-    def with_overrides(self, words: list[str] | tuple = (), sets: list[str] | tuple = ()) -> RunConfig:
+    def with_overrides(self, words: Sequence[str] = (), sets: Sequence[str] = ()) -> RunConfig:
         """This config with `sets` ("table.key=value", in TOML), then Megatron flags (`words`), over it."""
         layers: list[Layer] = [(f"--set {text}", _read_set(text)) for text in sets]
-        for key, value in arguments.read_tokens(list(words)).items():
+        for key, value in arguments.read_tokens(words).items():
             layers.append(("command line", {self.tables.get(key, "runtime"): {key: value}}))
         return self.with_layers(layers)
 
@@ -244,13 +242,7 @@ class RunConfig:
         for key, value in self.megatron.items():
             tables[self.tables.get(key, "runtime")][key] = value
         a = self.activation
-        activation = {
-            "name": a.name,
-            **a.init,
-            "eps": a.eps,
-            "lr-mult": a.lr_mult,
-            "weight-decay": a.weight_decay,
-        }
+        activation = {"name": a.name, **a.init, "eps": a.eps, "lr-mult": a.lr_mult, "weight-decay": a.weight_decay}
         if a.trainable is not None:
             activation["trainable"] = list(a.trainable)
         meant = {"deepspeed": self.xact.engine == "deepspeed", "branch": bool(self.branch.trunk)}
@@ -306,9 +298,7 @@ def _resolve(layers: Iterable[Layer], source: Path | None) -> RunConfig:
         seen: dict[str, str] = {}
         for table, entries in tables.items():
             if not isinstance(entries, dict):
-                raise ValueError(
-                    f"{table} = {entries!r} ({where}) stands in no table; put it into e.g. [model]"
-                )
+                raise ValueError(f"{table} = {entries!r} ({where}) stands in no table; put it into e.g. [model]")
             place = f"{where} [{table}]" if isinstance(where, Path) else where
             if table == "activation":
                 activation, activation_place = _merge_activation(activation, entries, place), place
@@ -318,9 +308,7 @@ def _resolve(layers: Iterable[Layer], source: Path | None) -> RunConfig:
                 for key, value in entries.items():
                     name, value = _check_argument(key, value, place)
                     if name in seen:
-                        raise ValueError(
-                            f"{key} is given twice in {where}: in [{seen[name]}] and in [{table}]"
-                        )
+                        raise ValueError(f"{key} is given twice in {where}: in [{seen[name]}] and in [{table}]")
                     seen[name] = table
                     megatron[name] = value
                     homes[name] = table
@@ -329,9 +317,6 @@ def _resolve(layers: Iterable[Layer], source: Path | None) -> RunConfig:
                 raise ValueError(f"unknown table [{table}] ({where}); the tables are {known}")
         _drop_other_data(megatron, seen)
     settings = {table: OURS[table](**entries) for table, entries in ours.items()}
-    refused = [key for key in NOT_WITH_DALI if megatron.get(key)]
-    if settings["xact"].loader == "dali" and refused:
-        raise ValueError(f'loader = "dali" in [xact] does not go with {refused[0]} = {megatron[refused[0]]!r}')
     return RunConfig(megatron, _activation(activation, activation_place), **settings, source=source, tables=homes)
 
 
@@ -371,9 +356,7 @@ def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
         if key in ("lr_mult", "weight_decay") and value < 0:
             raise ValueError(f"{key} = {value!r} ({place}): a multiplier cannot be negative")
     if "trainable" in entries and not all(isinstance(name, str) for name in entries["trainable"]):
-        raise ValueError(
-            f"trainable = {entries['trainable']!r} ({place}): expected a list of parameter names"
-        )
+        raise ValueError(f"trainable = {entries['trainable']!r} ({place}): expected a list of parameter names")
     if "name" in entries and entries["name"] != inherited.get("name"):
         try:
             activations.get(entries["name"])

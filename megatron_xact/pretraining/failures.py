@@ -1,7 +1,8 @@
 """Why an attempt failed: which rank, on which host, at which step, for what reason; one line and one JSON record.
 
     kind       what happened                                                         what is done about it
-    killed     a rank ended without a word: kill -9, out of memory, its node lost    on-failure
+    killed     a rank ended without a word: kill -9, out of memory, its node lost;   on-failure
+               or a worker of its data loader did
     hang       no step was completed within hang-timeout                             on-failure
     network    a collective failed (mostly because another rank had failed), or a    on-failure
                file system or host could not be reached
@@ -40,6 +41,7 @@ _UNREACHABLE = (
     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET,
 )  # fmt: skip
 _DEVICE = ("CUDA error", "CUDA driver error", "cuBLAS error", "CUBLAS_STATUS", "uncorrectable ECC", "AcceleratorError")
+_WORKER_GONE = re.compile("DataLoader worker .* (is killed by signal|exited unexpectedly)")  # torch's words
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Failure:
 
 def of_exception(error: BaseException) -> tuple[str, str]:
     """(kind, reason in one line) of what ended a rank."""
-    while type(error) is RuntimeError and error.__cause__ is not None:
+    while type(error) is RuntimeError and error.__cause__ is not None and not _WORKER_GONE.match(str(error)):
         error = error.__cause__
     text = str(error).strip()
     if "\nOriginal Traceback" in text:  # torch's, of a data loader's worker: the last line is what the worker said
@@ -72,6 +74,8 @@ def of_exception(error: BaseException) -> tuple[str, str]:
         return "nan", f"{found[2]}: {found[1]}"
     if is_unreachable(error):
         return "network", why_not(error)
+    if _WORKER_GONE.match(text):
+        return "killed", text.rstrip(".")
     if "out of memory" in text:
         return "error", reason
     if any(words in reason for words in _DEVICE):
@@ -104,7 +108,7 @@ def root_cause(statuses: dict[int, Status], ranks: range) -> Failure:
     told = sorted((s for s in statuses.values() if s.kind not in (None, "done")), key=lambda s: s.time)
     # Ranks go in step, and a rank that is gone has not written its last one.
     step = max((s.step for s in statuses.values()), default=-1)
-    for kinds in (("nan", "replicas", "error", "device"), ("hang",), ("user",)):
+    for kinds in (("nan", "replicas", "error", "device", "killed"), ("hang",), ("user",)):
         for status in (s for s in told if s.kind in kinds):
             culprit = statuses.get(status.culprit, status)
             return Failure(status.kind, culprit.rank, culprit.host, step, status.reason)

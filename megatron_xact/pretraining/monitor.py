@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from megatron.core import mpu
@@ -34,6 +34,15 @@ from megatron_xact.pretraining.guards import check_replicas
 from megatron_xact.pretraining.statistics import Probe, Statistics, finite
 
 Alphas = dict[int, dict[str, float]]  # layer (from 1) -> parameter name -> effective value
+
+
+class Progress(NamedTuple):
+    """What is shown of a step, once its update has told the gradient norm."""
+
+    step: int
+    loss: float
+    speed: float | None  # tokens per second, of the whole run; None at the first record after a start
+    samples: int  # sequences consumed in all, those before a resume or a branch too
 
 
 class Monitor:
@@ -62,8 +71,7 @@ class Monitor:
         self._losses: list[Tensor] = []  # [sum of losses, number of tokens], one per microbatch since the last report
         self._since: tuple[int, float] | None = None  # sequences consumed, time
         self._optimizer: MegatronOptimizer | None = None
-        # step, its loss, tokens per second, sequences consumed: shown after its update
-        self._due: tuple[int, float, float | None, int] | None = None
+        self._due: Progress | None = None  # measured, and not shown yet
         self._bar: tqdm | None = None
         self._alphas: Alphas | None = None  # the last that were looked at
         self._probe: Probe | None = None
@@ -107,8 +115,10 @@ class Monitor:
 
     def close(self) -> None:
         """After training: check and record the final parameters."""
-        if hasattr(get_args(), "curr_iteration"):  # not when there was nothing left to train
-            step = get_args().curr_iteration + 1
+        args = get_args()
+        if not args.skip_train:
+            # Where nothing was left to train, Megatron's loop has counted no step.
+            step = args.curr_iteration + 1 if self._since is not None else args.iteration
             check_replicas(self.model, mpu.get_tensor_model_parallel_group(), step)
             if self.telemetry_interval:
                 self._record_alphas(step)
@@ -168,7 +178,7 @@ class Monitor:
             total = torch.stack(self._losses).sum(0)
             torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
             if _reports():
-                self._due = (step, (total[0] / total[1]).item(), self._speed(samples, now), samples)
+                self._due = Progress(step, (total[0] / total[1]).item(), self._speed(samples, now), samples)
             self._losses.clear()
         self._since = (samples, now)
 
@@ -181,27 +191,32 @@ class Monitor:
     def _after_update(self, grad_norm: float | None) -> None:
         if self._due is not None:
             due, self._due = self._due, None
-            self._show(*due, grad_norm)
+            self._record_progress(due, grad_norm)
+            self._show(due)
 
-    def _show(self, step: int, loss: float, speed: float | None, samples: int, grad_norm: float | None) -> None:
+    def _record_progress(self, due: Progress, grad_norm: float | None) -> None:
         args = get_args()
-        flops, mfu = throughput.model_flops(args, speed), throughput.mfu(args, speed)
+        mfu = throughput.mfu(args, due.speed)
         self._append(
             "progress.jsonl",
             {
-                "step": step,
-                "loss": loss,
+                "step": due.step,
+                "loss": due.loss,
                 "grad_norm": grad_norm,  # before clipping; null where the update was skipped
                 "learning_rate": get_canonical_lr_for_logging(self._optimizer.param_groups),  # of this step's update
-                "tokens_per_second": round(speed, 1) if speed else None,  # null at a start's first record
-                "model_flops_per_second": flops,
+                "tokens_per_second": round(due.speed, 1) if due.speed else None,
+                "model_flops_per_second": throughput.model_flops(args, due.speed),
                 "mfu": mfu,
                 "memory_bytes": throughput.memory_bytes(),  # of this rank, the last one
-                "tokens": samples * args.seq_length,  # consumed in all, those before a resume or a branch too
+                "tokens": due.samples * args.seq_length,
                 "time": time.time(),
             },
         )
-        _log({name: value for name, value in (("tokens-per-second", speed), ("mfu", mfu)) if value}, step)
+        _log({name: value for name, value in (("tokens-per-second", due.speed), ("mfu", mfu)) if value}, due.step)
+
+    def _show(self, due: Progress) -> None:
+        """A bar on a terminal, a line per record in a log."""
+        args, (step, loss, speed, _) = get_args(), due
         told = [f"loss {loss:.4f}", f"{speed:,.0f} tokens/s" if speed else "", _alpha_range(self._alphas or {})]
         told = "  ".join(filter(None, told))
         if self._bar is None:
@@ -214,12 +229,7 @@ class Monitor:
                 disable=not self.terminal.isatty(),
             )
         if self._bar.disable:
-            ahead = (args.train_iters - step) * get_current_running_global_batch_size()
-            if args.train_samples is not None:
-                ahead = args.train_samples - samples
-            seconds = max(0, ahead) * args.seq_length / speed if speed else 0
-            eta = f"  ETA {int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if speed else ""
-            print(f"step {step}/{args.train_iters}  {told}{eta}", file=self.terminal, flush=True)
+            print(f"step {step}/{args.train_iters}  {told}{_eta(due)}", file=self.terminal, flush=True)
         else:
             self._bar.set_postfix_str(told, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -304,6 +314,17 @@ def _log(scalars: dict[str, float], step: int) -> None:
 
 def _reports() -> bool:
     return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _eta(due: Progress) -> str:
+    if not due.speed:
+        return ""
+    args = get_args()
+    ahead = (args.train_iters - due.step) * get_current_running_global_batch_size()
+    if args.train_samples is not None:
+        ahead = args.train_samples - due.samples
+    seconds = int(max(0, ahead) * args.seq_length / due.speed)
+    return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _alpha_range(alphas: Alphas) -> str:

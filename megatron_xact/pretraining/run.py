@@ -27,10 +27,11 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from megatron_xact.pretraining import arguments, exits, failures, launchers, signals, status, supervisor
 from megatron_xact.pretraining import config as config_file
+from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import RunConfig
 from megatron_xact.pretraining.files import write_text
@@ -40,6 +41,7 @@ from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
 
 if TYPE_CHECKING:
     from megatron_xact.pretraining.checkpointing.choice import Ranks
+    from megatron_xact.pretraining.monitor import Monitor
 
 
 def main(args: argparse.Namespace) -> int:
@@ -57,8 +59,9 @@ def main(args: argparse.Namespace) -> int:
             print(plan.dump())
             return 0
         if len(plan.ranks) > 1:
-            # A thread per core in all: ranks that each take every core would only wait for each other.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.per_node)))
+            # A thread per core in all, of those that are ours to use (a job's or a container's cpuset may be a few of
+            # the machine's): ranks that each take every core would only wait for each other.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.per_node)))
             supervisor.replace_this_process(plan, args.node_rank, args.rendezvous)
         try:
             with taking(plan.folder):
@@ -168,7 +171,8 @@ def _output(config: RunConfig, quiet: bool):
     try:
         yield terminal
     except BaseException as error:
-        if not isinstance(error, (SystemExit, ValueError, OSError)):  # the user's errors are told in one line
+        # The user's errors, and Ctrl-C, are told in one line.
+        if not isinstance(error, (SystemExit, ValueError, OSError, KeyboardInterrupt)):
             traceback.print_exc()
             if "XACT_ATTEMPT" in os.environ:  # the launcher tells it, of the rank that failed first
                 raise SystemExit(exits.FAILED) from None
@@ -183,77 +187,93 @@ def _output(config: RunConfig, quiet: bool):
 
 
 def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, terminal: TextIO) -> int:
+    """Set up, train and tell the results; the exit code. ValueError: the user's, told in one line by the first rank."""
     from megatron_xact.pretraining import platform
     from megatron_xact.pretraining.checkpointing.choice import Ranks
 
     try:
         validate(config)
-        added = platform.prepare(config)
+        for_platform = platform.prepare(config)
         ranks = Ranks()
-        words = _words(config, added, run_folder) + _choose_checkpoint(config, ranks, terminal)
+        words = _words(config, for_platform, run_folder) + _choose_checkpoint(config, ranks, terminal)
         args, container, monitor, keeper, stop = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
         if failures.is_unreachable(error):  # not the user's
             raise RuntimeError("a file system or a host could not be reached") from error
-        reason = arguments.refusal(error)
-        if os.environ["RANK"] != "0":  # mostly all ranks fail alike, and the first one says it; else the launcher
-            watchdog.end("user", reason)
-            raise SystemExit(exits.USER_ERROR) from None
-        raise ValueError(reason) from error
+        _refuse(arguments.refusal(error), error, watchdog)
 
     import torch
-    from megatron.core import mpu
     from torch.distributed.checkpoint import CheckpointException
 
     from megatron_xact.layers.coverage import Unsupported
-    from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
-    from megatron_xact.pretraining.guards import ReplicaMismatch
 
     if args.rank == 0 and run_folder is not None:
         run_folder.mkdir(parents=True, exist_ok=True)
         write_text(run_folder / "config.toml", config.dump())
     try:
         _pretrain(config, container, stop.notice_before, monitor.watch_loss, ranks)
+        stop.leave_if_broken_off()
         monitor.close()
         _tell_results(args, config, monitor, run_folder, terminal)
     except SystemExit as ending:  # Megatron's loop ended early
         if ending.code:
-            kind, reason = failures.of_megatrons_exit(ending.code)
-            return _fail(watchdog, kind, reason, terminal)
+            return _fail(watchdog, terminal, *failures.of_megatrons_exit(ending.code))
         monitor.close_bar()
         if _is_to_go_on(args, run_folder, watchdog, terminal) and args.world_size == 1 and not watchdog.supervised:
             return exits.PREEMPTED
-    except ReplicaMismatch as error:
-        first = mpu.get_tensor_model_parallel_rank() == 0  # the others of its group say the same
-        return _fail(watchdog, "replicas", str(error), terminal, says=first or run_folder is not None)
-    except (NoSpace, CheckpointException) as error:
-        told = why_not_written(error, run_folder) if isinstance(error, CheckpointException) else str(error)
-        return _fail(watchdog, "error", told, terminal, says=args.rank == 0)  # every rank fails alike
-    except Unsupported as error:  # every rank builds the same layers; one of them says so
-        if args.rank != 0:
-            watchdog.end("user", str(error))
-            raise SystemExit(exits.USER_ERROR) from None
+    except Unsupported as error:  # what the layers find when they are built
+        _refuse(str(error), error, watchdog)
+    except (Exception, CheckpointException) as error:
+        if diagnosis := _diagnosis(error, args, run_folder):
+            return _fail(watchdog, terminal, *diagnosis)
+        if isinstance(error, (ValueError, OSError)):  # not the user's here: show the traceback
+            raise RuntimeError("training stopped by an unexpected error") from error
         raise
-    except (ValueError, OSError) as error:
-        if is_disk_full(error):
-            return _fail(watchdog, "error", why_not_written(error, run_folder), terminal)
-        raise RuntimeError("training stopped by an unexpected error") from error  # not the user's: show the traceback
-    except RuntimeError as error:
-        kind, reason = failures.of_exception(error)
-        if kind != "nan":
-            raise
-        return _fail(watchdog, kind, reason, terminal)
-    except AssertionError as error:
-        if not (args.fp16 and traceback.extract_tb(error.__traceback__)[-1].line == "assert len(steps) == 1"):
-            raise
-        told = "fp16 without an optimizer step cannot be saved, and its loss scale has had all steps skipped so far"
-        told += ": lower initial-loss-scale, or save later"
-        return _fail(watchdog, "error", told, terminal, says=args.rank == 0)
     finally:
         if keeper is not None:
             keeper.close()
     torch.distributed.destroy_process_group()
     return 0
+
+
+def _refuse(reason: str, error: Exception, watchdog: Watchdog) -> NoReturn:
+    """ValueError on the first rank. Mostly all ranks fail alike, so the others leave it to that one or the launcher."""
+    if watchdog.status.rank != 0:
+        watchdog.end("user", reason)
+        raise SystemExit(exits.USER_ERROR) from None
+    raise ValueError(reason) from error
+
+
+def _diagnosis(
+    error: BaseException, args: argparse.Namespace, run_folder: Path | None
+) -> tuple[str, str, bool] | None:
+    """(kind, reason, says) for `_fail`, of an error in training that one line explains; None: a traceback must."""
+    from megatron.core import mpu
+    from torch.distributed.checkpoint import CheckpointException
+
+    from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
+    from megatron_xact.pretraining.guards import ReplicaMismatch
+
+    first = args.rank == 0  # says what every rank meets alike
+    if isinstance(error, ReplicaMismatch):  # all ranks of its tensor-parallel group say the same
+        return "replicas", str(error), mpu.get_tensor_model_parallel_rank() == 0 or run_folder is not None
+    if isinstance(error, NoSpace):
+        return "error", str(error), first
+    if isinstance(error, CheckpointException):
+        return "error", why_not_written(error, run_folder), first
+    if is_disk_full(error):
+        return "error", why_not_written(error, run_folder), True
+    if isinstance(error, RuntimeError):
+        kind, reason = failures.of_exception(error)
+        return (kind, reason, True) if kind == "nan" else None
+    if isinstance(error, AssertionError) and args.fp16:
+        if traceback.extract_tb(error.__traceback__)[-1].line == "assert len(steps) == 1":
+            reason = (
+                "fp16 without an optimizer step cannot be saved, and its loss scale has had all steps skipped so far: "
+                "lower initial-loss-scale, or save later"
+            )
+            return "error", reason, first
+    return None
 
 
 def _pretrain(config: RunConfig, container, notice_before: Callable, watch_loss: Callable, ranks: Ranks) -> None:
@@ -276,17 +296,17 @@ def _pretrain(config: RunConfig, container, notice_before: Callable, watch_loss:
         )  # fmt: skip
 
 
-def _is_to_go_on(args, run_folder: Path | None, watchdog: Watchdog, terminal: TextIO) -> bool:
+def _is_to_go_on(args: argparse.Namespace, run_folder: Path | None, watchdog: Watchdog, terminal: TextIO) -> bool:
     """After a loop that ended early: was it for a signal? Then the first rank asks for a requeue. A collective."""
     from megatron_xact.pretraining import stopping
 
-    signal = stopping.flag_requeue(run_folder, args)
+    signal = stopping.flag_requeue(run_folder)
     if signal and args.rank == 0 and not watchdog.supervised:
         print(f"xact: ended by {signal}; the same command goes on", file=terminal, flush=True)
     return signal is not None
 
 
-def _fail(watchdog: Watchdog, kind: str, reason: str, terminal: TextIO, says: bool = True) -> int:
+def _fail(watchdog: Watchdog, terminal: TextIO, kind: str, reason: str, says: bool = True) -> int:
     """What ended this rank, told in one line, by the launcher where it can read it in a run's folder; the exit code.
 
     says: without such a launcher, the line is this rank's to print.
@@ -321,18 +341,19 @@ def _choose_checkpoint(config: RunConfig, ranks: Ranks, terminal: TextIO) -> lis
     return words
 
 
-def _words(config: RunConfig, added: dict, run_folder: Path | None) -> list[str]:
+def _words(config: RunConfig, for_platform: dict[str, Value], run_folder: Path | None) -> list[str]:
+    """Megatron's command line: the config's, and what this machine and this program need besides."""
+    # Megatron's fused bias+activation paths know its own activations only; ours does not go through them.
+    added = for_platform | {"no-bias-gelu-fusion": True, "no-bias-swiglu-fusion": True}
     if run_folder is not None and "tensorboard-dir" not in config.megatron:
         added["tensorboard-dir"] = str(run_folder / "tensorboard")
-    # Megatron's fused bias+activation paths know its own activations only; ours does not go through them.
-    added |= {"no-bias-gelu-fusion": True, "no-bias-swiglu-fusion": True}
     if "rerun-mode" not in config.megatron:
         # Its default runs a step with a NaN again, then saves a newest checkpoint on which every resume fails.
         added["rerun-mode"] = "disabled"
     if "distributed-timeout-minutes" not in config.megatron and config.launch.hang_timeout:
         # NCCL's own time-out, 10 minutes, would end all ranks before the watchdog has named the one at fault.
         added["distributed-timeout-minutes"] = 5 + PATIENCE * config.launch.hang_timeout // 60
-    return config.arguments() + [word for key, value in added.items() for word in arguments.find(key)[0].tokens(value)]
+    return config.arguments() + arguments.command_line(added)
 
 
 def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, terminal: TextIO, progress: Callable):
@@ -383,7 +404,9 @@ def _set_up(config: RunConfig, words: list[str], run_folder: Path | None, termin
     return args, pretrain_cfg_container_from_args(args, model), monitor, keeper, stop
 
 
-def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, terminal: TextIO) -> None:
+def _tell_results(
+    args: argparse.Namespace, config: RunConfig, monitor: Monitor, run_folder: Path | None, terminal: TextIO
+) -> None:
     """After training: a sample on request, then plots and perplexities by the last rank, which has the loggers."""
     from megatron.training import get_tensorboard_writer, get_tokenizer
 
@@ -413,7 +436,7 @@ def _tell_results(args, config: RunConfig, monitor, run_folder: Path | None, ter
     print("\n".join(lines), file=terminal, flush=True)
 
 
-def _unigram_loss(args) -> float | None:
+def _unigram_loss(args: argparse.Namespace) -> float | None:
     """Of the validation data, in nats per token, where `xact data prepare` made it and measured it."""
     from megatron_xact.pretraining.data import manifest
 

@@ -30,7 +30,7 @@ class Status:
     signal: str | None = None  # received, e.g. by torchrun when another rank failed
     where: str = ""  # the innermost call of the main thread, once no step was completed in time
     waiting: bool = False  # that call waits for other ranks
-    kind: str | None = None  # how it ended: "done", or a kind of failures.py; None: it has not said
+    kind: str | None = None  # how it ended: "done", "interrupted", or one of failures.py; None: not said
     reason: str = ""
     culprit: int | None = None  # the rank whose fault it is, where it is not this one's
 
@@ -67,8 +67,12 @@ def host_name() -> str:
 
 def write_json(file: Path, content: dict) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(file: Path) -> dict:

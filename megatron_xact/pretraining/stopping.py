@@ -61,6 +61,16 @@ class Stop:
 
         return noticing
 
+    def leave_if_broken_off(self) -> None:
+        """SystemExit on every rank if a signal ended the evaluation after the loop: it is to be made again.
+
+        A collective.
+        """
+        broken_off = torch.tensor([self._args.exit_duration_in_mins == _NOW], dtype=torch.int32, device="cuda")
+        torch.distributed.all_reduce(broken_off, op=torch.distributed.ReduceOp.MAX)
+        if broken_off.item():
+            raise SystemExit(0)
+
     def _look(self, step: int) -> None:
         """After the gradients of the step that completes `step` steps."""
         args = self._args
@@ -110,15 +120,12 @@ def asked_by() -> str | None:
     return signal.Signals(number.item()).name if number.item() else None
 
 
-def flag_requeue(run: Path | None, args: Namespace) -> str | None:
-    """After a loop that ended early: the signal that did it, for which the first rank asks for a requeue, or None.
+def flag_requeue(run: Path | None) -> str | None:
+    """After a run that ended early: the signal that did it, for which the first rank asks for a requeue, or None.
 
-    A run that has reached its last step asks for nothing. A collective.
+    Also at the last step: evaluation and report are left to do. A collective.
     """
     name = asked_by()
-    step = latest_step(run) if run is not None else 0
-    if name is None or (args.train_iters is not None and step >= args.train_iters):
-        return None
-    if run is not None and torch.distributed.get_rank() == 0:
-        write_json(run / FLAG, {"signal": name, "step": step})
+    if name is not None and run is not None and torch.distributed.get_rank() == 0:
+        write_json(run / FLAG, {"signal": name, "step": latest_step(run)})
     return name

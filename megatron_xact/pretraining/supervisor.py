@@ -55,8 +55,9 @@ class Restarts:
             if self.count >= self.limit:
                 return False
             self.count += 1
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        status.write_json(self._file, {"step": self.step, "count": self.count})
+        with contextlib.suppress(OSError):  # no room, maybe: what has happened is to be told all the same
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            status.write_json(self._file, {"step": self.step, "count": self.count})
         return True
 
 
@@ -155,6 +156,9 @@ class Supervisor:
             return self._preempted(status.read_json(run / FLAG).get("signal"), said)
         if returned == 0 or (len(said) == len(self.plan.ranks) and all(s.kind == "done" for s in said.values())):
             return exits.FINISHED
+        if any(s.kind == "interrupted" for s in said.values()):  # by a Ctrl-C that came to the ranks themselves
+            print(status.interrupted(run), file=sys.stderr)
+            return exits.INTERRUPTED
         failure = self._failure(said)
         if failure.kind == "user":
             if 0 not in said or said[0].kind != "user":  # else that rank has told it
@@ -169,7 +173,8 @@ class Supervisor:
             status.write_json(run / FLAG, {"signal": stopping, "step": step})
             return self._preempted(stopping, said, failure)
         decision, code = self._policy(failure)
-        failures.record(run, failure, attempt, decision)
+        with contextlib.suppress(OSError):
+            failures.record(run, failure, attempt, decision)
         print(f"xact: error: {failure.line()}; {decision}{self._where_more(failure)}", file=sys.stderr, flush=True)
         return code
 

@@ -45,7 +45,8 @@ def taking(run: Path | None, node: int = 0) -> Iterator[None]:
                 f"{max(rank.step, 0)}; {_WAYS_OUT}"
             )
         if node == 0:
-            for dead in _unended(run):  # as has just been seen: the next start need not look again
+            # As has just been seen: the next start need not look again. Some were killed while they wrote.
+            for dead in [*_unended(run), *status.folder_of(run).glob("*.partial")]:
                 dead.unlink(missing_ok=True)
         yield
 

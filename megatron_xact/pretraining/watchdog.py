@@ -75,7 +75,7 @@ class Watchdog(threading.Thread):
         elif isinstance(error, (ValueError, OSError)) and not failures.is_unreachable(error):
             self.end("user", str(error))
         elif isinstance(error, KeyboardInterrupt):
-            self.end("done", "interrupted")
+            self.end("interrupted", "")
         else:
             self.end(*failures.of_exception(error))
 
@@ -85,7 +85,8 @@ class Watchdog(threading.Thread):
         with self._writing:
             if self.status.kind is None:
                 self.status.kind, self.status.reason, self.status.culprit = kind, reason, culprit
-                self._write()
+                if not self._write() and self.supervised and reason:  # its launcher cannot tell it
+                    print(f"xact: error: rank {self.status.rank}: {reason}", file=self.terminal, flush=True)
 
     def run(self) -> None:
         while not self._over.wait(self.interval):
@@ -102,13 +103,17 @@ class Watchdog(threading.Thread):
                 self.status.where, self.status.waiting = where, waiting
                 self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """False: it could not be written. A full or hiccuping file system must not end the training."""
         self.status.time, self.status.signal = time.time(), signals.received()
         if self.folder is not None:
             try:
                 self.status.write(self.folder)
-            except OSError as error:  # a full or hiccuping file system must not end the training
-                print(f"xact: cannot write {self.folder}: {why_not(error)}", file=sys.stderr)
+            except OSError as error:
+                with contextlib.suppress(OSError):  # with --quiet this goes to the same disk
+                    print(f"xact: cannot write {self.folder}: {why_not(error)}", file=sys.stderr)
+                return False
+        return True
 
     def _allowed(self) -> float:
         saving = any(frame.f_code.co_name in _SLOW for frame, _ in traceback.walk_stack(_main_frame()))

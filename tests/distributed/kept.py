@@ -82,8 +82,8 @@ def of(config: RunConfig) -> Kept:
         activations = planned.shape.layers * sum(memory.layer_activations(planned, norm=8).values())
         ends = memory.head_activations(planned, norm=8)
     softmax = 4 * planned.shape.sequence * planned.layout.micro_batch * planned.shape.vocab / planned.layout.tensor
-    args = dry_run._validated(planned, 0)
-    with dry_run._process_groups(args, planned), contextlib.redirect_stdout(io.StringIO()):
+    args = dry_run.validated(planned, 0)
+    with dry_run.process_groups(args), contextlib.redirect_stdout(io.StringIO()):
         model = _model(planned, args)
         held, peak = _held(model, args), _peak(model, args)
     return Kept(held, activations + ends + softmax, peak, activations + ends + passing)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import MARKS, ROOT, STEPS, TP2, Run, Trainings, trainings
+from training import MARKS, ROOT, STEPS, TP2, Run, Trainings, copy_of, trainings
 
-from megatron_xact.pretraining import exits
+from megatron_xact.pretraining import exits, report
 from megatron_xact.pretraining.launchers import Plan, free_port
 from megatron_xact.pretraining.status import latest_step
 
@@ -211,6 +211,23 @@ def test_faults_that_a_rank_meets_by_itself(runs, tmp_path):
     assert f"xact: error: rank 0 on {os.uname().nodename}, after step {failure['step']}: found " in said
     steps = sorted(path.name for path in diverged.glob("iter_*"))
     assert steps and len(steps) < STEPS - 1
+
+
+def test_a_run_started_again_at_its_end_tells_what_it_told_before(runs, tmp_path):
+    """Also where a signal has broken off the last evaluation: such a run is not finished."""
+    run = copy_of(runs["tp2"], tmp_path / "run")
+    told = report.figures(report.read(run))
+    (run / "report.json").unlink()
+    lives = runs.server.start(*words(runs, run, *TP2, "--eval-iters", "100000"), ranks=2)
+    _until(lambda: (log := run / "logs" / "rank0.log").exists() and "Evaluating on" in log.read_text(), lives)
+    os.kill(lives[1].pid, signal.SIGTERM)
+    assert [life.wait() for life in lives] == [0, 0]
+    assert json.loads((run / "requeue").read_text()) == {"signal": "SIGTERM", "step": STEPS}
+    assert not (run / "report.json").exists()
+    runs.server.run(*words(runs, run, *TP2), ranks=2)
+    assert json.loads((run / "report.json").read_text())["step"] == STEPS
+    assert report.figures(report.read(run)) == told
+    assert [step for step, _ in report.read(run).alphas] == list(range(STEPS + 1))
 
 
 def test_the_records_tell_what_megatron_measured(runs):

@@ -113,7 +113,7 @@ def at_the_end(model: torch.nn.Module, alpha: torch.Tensor, rank: int) -> str | 
     monitor.model = [model]
     if rank == 1:
         next_up(alpha)
-    set_args(Namespace(curr_iteration=STEP - 1))
+    set_args(Namespace(skip_train=False, iteration=STEP))
     try:
         monitor.close()
     except ReplicaMismatch as error:

@@ -274,6 +274,25 @@ def test_what_has_just_been_saved_and_is_not_whole_costs_no_other_checkpoint(sav
     assert saved_steps(folder) == [4, 8, 12] and not (folder / "iter_0000012" / "integrity.json").exists()
 
 
+def test_what_a_kill_left_to_look_after_is_looked_after_by_the_next_life(server, words, saved, tmp_path):
+    folder = copy_of(saved, tmp_path / "run")
+    (folder / "iter_0000012" / "integrity.json").unlink()
+    server.run(*words(folder, "--exit-interval", "12", "--set", "xact.keep-checkpoints=2"))  # nothing left to train
+    assert saved_steps(folder) == [8, 12]
+    verify_integrity_manifest(str(folder / "iter_0000012"))
+
+
+def test_closing_hides_no_failure_that_came_before(saved, tmp_path, monkeypatch):
+    """Of the network, before there is a process group; of the disk, in the middle of writing the tracker."""
+    folder = copy_of(saved, tmp_path / "run")
+    Keeper(folder, XactConfig(), io.StringIO()).close()
+    looking = Keeper(folder, XactConfig(), io.StringIO())
+    monkeypatch.setattr("megatron_xact.pretraining.checkpointing.keeper._is_first", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    (folder / TRACKER).write_text("")
+    looking.close()
+
+
 def test_room_is_asked_for_before_the_steps_that_save(saved):
     """save-interval is 4, and steps are counted before they are complete."""
     counters = [Namespace(curr_iteration=step, save_interval=4, train_iters=14) for step in range(14)]
@@ -327,7 +346,7 @@ def test_without_room_for_a_checkpoint_the_run_is_not_started_or_ends_before_it_
     assert re.search(r"xact: error: .*no room for the next checkpoint: \S+ has 0.\d\d MB free, and", told)
     assert told.count("xact: error: ") == 1 and not (disk / "none" / "progress.jsonl").exists()
     ends = [status.of_file(status.path(status.folder_of(disk / "none"), rank)) for rank in (0, 1)]
-    assert all(end.kind == "error" and "no room for the next checkpoint" in end.reason for end in ends), ends
+    assert all(end.kind == "error" and "MB free, and a checkpoint takes" in end.reason for end in ends), ends
 
     small_disk("size=3m")
     every = ("--save-interval", "1", "--exit-interval", "12")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError
 
+from megatron_xact import cli
 from megatron_xact.pretraining import exits, failures, signals, status, supervisor
 from megatron_xact.pretraining.launchers import Launcher, Plan, adopt_slurm_rank
 from megatron_xact.pretraining.nodes import Nodes
@@ -107,6 +109,19 @@ def test_the_supervisor_and_a_rank_before_its_config_import_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_ranks_share_the_cores_that_are_theirs_to_use(tmp_path, monkeypatch):
+    """A container's or a job's cpuset, not all of the machine: threads on cores of others wait for one another."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
+    monkeypatch.setattr(supervisor, "replace_this_process", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        words = ["--mock-data", "--tokenizer-model", str(tmp_path), "--nproc-per-node", "2"]
+        cli.main(["pretrain", str(ROOT / "configs/quickstart.toml"), *words])
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
 # Who failed
 
 
@@ -122,6 +137,7 @@ def test_the_supervisor_and_a_rank_before_its_config_import_nothing_heavy():
             "nan",
             "found NaN in x: nan",
         ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "killed", "(pid 7) is killed"),
         (KeyError("a"), "error", "KeyError: 'a'"),
         (DistNetworkError("The client socket has timed out after 2000ms"), "network", "socket has timed out"),
         (DistStoreError("Timed out after 3 seconds waiting for clients"), "network", "waiting for clients"),
@@ -139,6 +155,12 @@ def test_an_exception_that_only_carries_another_is_the_other():
     outer = RuntimeError("training stopped by an unexpected error")
     outer.__cause__ = ValueError("bad\nfile")
     assert failures.of_exception(outer) == ("error", "ValueError: bad file")
+
+
+def test_a_data_loaders_worker_that_is_gone_was_killed_whatever_torch_noticed_it_by():
+    gone = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+    gone.__cause__ = queue.Empty()
+    assert failures.of_exception(gone) == ("killed", str(gone))
 
 
 def test_what_a_data_loaders_worker_raised_is_its_last_line():
@@ -162,6 +184,7 @@ def test_what_a_data_loaders_worker_raised_is_its_last_line():
         (ValueError("no such flag"), "user", "no such flag"),
         (OSError(errno.EIO, "Input/output error", "/runs/a"), "network", "/runs/a: Input/output error"),
         (ZeroDivisionError(), "error", "ZeroDivisionError"),
+        (KeyboardInterrupt(), "interrupted", ""),
     ],
     ids=repr,
 )
@@ -170,6 +193,19 @@ def test_a_ranks_last_word_is_what_ended_it(tmp_path, error, kind, reason):
         raise error
     last = status.of_file(status.path(status.folder_of(tmp_path), 3))
     assert (last.kind, last.reason) == (kind, reason)
+
+
+def test_a_last_word_for_which_there_is_no_room_is_printed_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=full))  # with --quiet, a file on that disk
+    monkeypatch.setenv("XACT_ATTEMPT", "a")
+    with Watchdog(tmp_path, 3, 4, 0.0, sys.stdout) as watchdog:
+        watchdog.end("error", "no room for the next checkpoint")
+    assert capsys.readouterr().out == "xact: error: rank 3: no room for the next checkpoint\n"
+    assert not list(status.folder_of(tmp_path).iterdir())
 
 
 DONE = {"kind": "done"}
@@ -185,6 +221,7 @@ BROKEN = {"kind": "network", "reason": "Connection closed by peer", "time": 1003
         (ranks({"time": 1020.0}, BROKEN, BROKEN, {"time": 1001.0}), 3, "killed"),
         (ranks({}, {"kind": "error", "reason": "KeyError", "time": 1004.0}, BROKEN, {}), 1, "error"),
         (ranks({"kind": "hang", "culprit": 2}, {}, {}, {}), 2, "hang"),
+        (ranks({}, BROKEN, {"kind": "killed", "reason": "its data loader", "time": 1002.0}, BROKEN), 2, "killed"),
         (ranks(BROKEN, BROKEN, BROKEN, {"kind": "device", "time": 1005.0}), 3, "device"),
         (ranks({"kind": "nan", "time": 2.0}, {"kind": "nan", "time": 1.0}, DONE, DONE), 1, "nan"),
         (ranks(BROKEN, {**BROKEN, "time": 1001.0}, BROKEN, BROKEN), 1, "network"),
@@ -395,6 +432,30 @@ def test_torchruns_exit_code_does_not_matter_where_all_ranks_ended_well(supervis
     _, decide = supervised
     assert decide(ranks(DONE, DONE, DONE), returned=1) is None  # the fourth never began
     assert decide(ranks(DONE, DONE, DONE, DONE), returned=1) == exits.FINISHED
+
+
+def test_a_failure_is_told_also_where_it_cannot_be_recorded(supervised, monkeypatch, capsys):
+    _, decide = supervised
+    assert decide(ranks(BROKEN, {}, BROKEN, BROKEN)) is None
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(status, "write_json", full)
+    monkeypatch.setattr(failures, "record", full)
+    assert [decide({}) for _ in range(2)] == [None, exits.FAILED]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all("rank 1 on n1, after step 7: ended without a word" in line for line in told)
+
+
+def test_ctrl_c_that_came_to_the_ranks_alone_is_not_taken_for_the_end_of_the_run(supervised, capsys):
+    plan, decide = supervised
+    (plan.folder / TRACKER).write_text("4")
+    interrupted = {"kind": "interrupted"}
+    assert decide(ranks(*[interrupted] * 4), returned=130) == exits.INTERRUPTED
+    assert decide(ranks(BROKEN, interrupted, BROKEN, {})) == exits.INTERRUPTED
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all("interrupted without saving: the same command goes on from step 4" in t for t in told)
 
 
 def test_a_preempted_run_goes_on_while_it_makes_progress(tmp_path, monkeypatch):

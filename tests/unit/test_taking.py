@@ -162,6 +162,14 @@ def test_what_a_killed_process_leaves_behind_holds_no_lock(tmp_path):
         first.communicate()
 
 
+def test_half_a_word_of_a_rank_that_was_killed_is_cleared_away(tmp_path):
+    folder = status.folder_of(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "00000.7.partial").write_text('{"attempt": "a", "ra')
+    with taking.taking(tmp_path):
+        assert not list(folder.iterdir())
+
+
 def test_ranks_that_outlive_their_launcher_are_at_work(tmp_path):
     rank = subprocess.Popen(["sleep", "60"], env={**os.environ, "XACT_ATTEMPT": "abc"})
     folder = status.folder_of(tmp_path)
@@ -219,7 +227,7 @@ def test_a_job_that_is_requeued_while_its_former_life_is_at_work_is_requeued_aga
     """slurm.sbatch reads the exit code; here its last lines run, with a scontrol that notes what it is asked."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     last = script[script.index("# 75: saved after a signal") :]
-    stand_in = f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\necho " JobState=RUNNING "\n[ $1 = -o ]\n'
+    stand_in = f'#!/bin/sh\necho "$*" >> "{tmp_path}/asked"\necho " JobState=RUNNING "\n[ $1 = -o ]\n'
     (tmp_path / "scontrol").write_text(stand_in)
     (tmp_path / "scontrol").chmod(0o755)
 

@@ -7,6 +7,7 @@ a thread: it reads what was just written, and training does not wait for it.
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,17 +53,22 @@ class Keeper:
         estimate = space.estimate(_elements(model), get_args())
         if _is_first():
             self._needed = space.size_of_newest(self.folder) or estimate
+        if not get_args().finetune:  # it goes on from the newest checkpoint, which a kill may have left to look after
+            self._seen = None
         self._require_room()
 
     def close(self) -> None:
-        """Look after the last checkpoint, and wait until that is done."""
-        self._look()
+        """Look after the last checkpoint, and wait until that is done; also where training has failed."""
+        if torch.distributed.is_initialized():
+            self._look()
         self._thread.shutdown()
 
     def _look(self) -> None:
         if _is_first() and (now := self._tracker_time()) != self._seen:
             self._seen = now
-            self._thread.submit(self._look_after, tracked(self.folder))
+            with contextlib.suppress(OSError, ValueError):  # writing it failed, which the save itself tells
+                if isinstance(step := tracked(self.folder), int):
+                    self._thread.submit(self._look_after, step)
 
     def _tracker_time(self) -> int | None:
         try:
@@ -89,15 +95,16 @@ class Keeper:
         if not _said_by_first(lambda: space.shortage(self.folder, self._needed) is not None):
             return
         maybe_finalize_async_save(blocking=True)
-        shortage = None
+        shortage = [None]
         if _is_first():
             self._seen = self._tracker_time()
             if isinstance(step := tracked(self.folder), int):
                 self._thread.submit(self._look_after, step).result()  # retention makes what room it can
-            shortage = space.shortage(self.folder, self._needed)
-        if _said_by_first(lambda: shortage is not None):
+            shortage = [space.shortage(self.folder, self._needed)]
+        torch.distributed.broadcast_object_list(shortage, src=0)  # any rank's words may be those that are told
+        if shortage[0] is not None:
             raise space.NoSpace(
-                f"no room for the next checkpoint: {shortage}. What was saved before is complete; make room "
+                f"no room for the next checkpoint: {shortage[0]}. What was saved before is complete; make room "
                 "(keep-checkpoints in [xact] deletes old ones by itself), and the same command goes on"
             )
 
