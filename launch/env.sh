@@ -20,7 +20,7 @@ fail() { echo "env: error: $*" >&2; exit 1; }
 candidates() {
     printf '%s\n' python3.12 python3.13 python3 python
     local pyenv_root
-    pyenv_root=$(pyenv root 2>/dev/null || echo "${PYENV_ROOT:-$HOME/.pyenv}")
+    pyenv_root=$(pyenv root 2>/dev/null || echo "${PYENV_ROOT:-${HOME:-}/.pyenv}")
     ls -d "$pyenv_root"/versions/*/bin/python 2>/dev/null || true
 }
 
@@ -58,7 +58,8 @@ if current; then exit 0; fi
 # Two scripts started together in a fresh clone: the second waits, then finds the work done.
 if command -v flock >/dev/null; then
     exec 9>.venv.lock
-    flock -n 9 || { say "waiting for another set-up of .venv"; flock 9; }
+    # 75: it is held. Anything else is a file system without locks, as some clusters' are: then nobody waits.
+    flock -n -E 75 9 2>/dev/null || [ $? -ne 75 ] || { say "waiting for another set-up of .venv"; flock 9; }
     if current; then exit 0; fi
 fi
 

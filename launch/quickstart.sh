@@ -52,7 +52,6 @@ fi
 start=$SECONDS
 bash launch/env.sh
 installed=$SECONDS
-# One intra-op thread per rank: two ranks share two cores, and more would only wait for each other.
 export PATH="$PWD/.venv/bin:$PATH"
 if [ -n "$fresh" ] && [ -e "$out" ]; then
     python - "$out" <<'END'  # not under the feet of a run that is at work there

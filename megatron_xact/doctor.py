@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_xact import installed
+from megatron_xact.kernels import toolchain
 
 OK, WARNING, ABSENT, BLOCKING = "ok", "warning", "absent", "blocking"
 # The dependencies of pyproject.toml and their oldest versions. pip sees to them, but not in a container where this runs
@@ -89,10 +91,10 @@ def _system() -> Iterator[Check]:
         "machine", OK if free > 5 else WARNING, f"{os.cpu_count()} CPUs, {free:.0f} GiB free on this disk",
         "" if free > 5 else "a checkpoint holds 14 to 18 bytes per parameter: make room first",
     )  # fmt: skip
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    lacking = toolchain.lacks_for_torch()
     yield Check(
-        "C++ compiler", OK if compiler else WARNING, compiler or "none found (c++, g++, clang++, CXX)",
-        "" if compiler else "torch.compile needs one on the CPU: apt install g++",
+        "C++ compiler", WARNING if lacking else OK, lacking or toolchain.cxx(),
+        "on the CPU activations run unfused, slower: apt install g++ python3-dev" if lacking else "",
     )  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _required() -> Iterator[Check]:
-    version = installed.version("megatron-core")
+    version = _megatron_version()
     if version is None:
         yield Check("megatron-core", BLOCKING, "not installed", _upgrade("megatron-core"))
     elif not _at_least(version, *OLDEST["megatron-core"]) or not installed.present("megatron.training"):
@@ -149,6 +151,14 @@ def _required() -> Iterator[Check]:
             yield Check(name, OK, version)
         else:
             yield Check(name, BLOCKING, version or "not installed", _upgrade(name))
+
+
+def _megatron_version() -> str | None:
+    """Of the Megatron that would be imported, which may be a clone on PYTHONPATH that pip knows nothing of."""
+    if not installed.present("megatron.core"):
+        return None
+    core = Path(importlib.util.find_spec("megatron.core").origin).parent
+    return runpy.run_path(str(core / "package_info.py"))["__shortversion__"]
 
 
 def _optional() -> Iterator[Check]:
@@ -199,16 +209,12 @@ def _transformer_engine() -> Check:
 def _import_error(module: str) -> str | None:
     """The last line that importing `module` in a fresh process says, or None if it works."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
         return "no answer in 300 s"
-    return (
-        None
-        if done.returncode == 0
-        else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    )
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _apex() -> Check:
@@ -276,13 +282,10 @@ def _activation_backend(on_gpu: bool) -> Backend:
 
 def _gpu_run_lacks(status: dict[str, Check]) -> list[str]:
     """What a run on GPUs would still need, or be slow without, with the way to get it."""
-    lacks = []
-    for name in ("GPU", "transformer-engine", "triton", "collectives"):
-        check = status.get(name)
-        if name == "collectives" and check and "nccl" not in check.detail:
-            lacks.append("nccl: install a CUDA build of torch: pytorch.org")
-        elif name != "collectives" and check and check.status != OK:
-            lacks.append(f"{name}: {check.advice or check.detail}")
+    needed = (status[name] for name in ("GPU", "transformer-engine", "triton") if name in status)
+    lacks = [f"{check.name}: {check.advice or check.detail}" for check in needed if check.status != OK]
+    if "collectives" in status and "nccl" not in status["collectives"].detail:
+        lacks.append("nccl: install a CUDA build of torch: pytorch.org")
     return lacks
 
 

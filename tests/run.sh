@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/env.sh test,data,deepspeed
 
 # Ranks of distributed tests set their own number; a single process gains little beyond two cores here.
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)))')  # a job's or a container's may be few
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 2 ? cores : 2))}
 
 # -rs: one line per skipped test with its reason

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_xact.bench import kernels, mlp
+from megatron_xact.kernels import toolchain
 
 PARTS = {
     "kernels": (kernels, "the activations alone, beside the published formula"),
@@ -31,6 +32,8 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if lacking := toolchain.lacks_for_triton() if device.type == "cuda" else toolchain.lacks_for_torch():
+        raise ValueError(f"torch.compile, to compare with, cannot work: {lacking}; apt install g++ python3-dev")
     PARTS[args.what][0].main(args, device, machine(device))
 
 

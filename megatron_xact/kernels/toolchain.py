@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
 
 
 def lacks_for_torch() -> str | None:
     """What torch.compile lacks for CPUs, or None."""
-    return _lacks("torch.compile", "C++", (os.environ.get("CXX", "g++"),), sysconfig.get_path("include"))
+    include, torch = sysconfig.get_path("include"), importlib.util.find_spec("torch")
+    if lacking := _lacks("torch.compile", "C++", (cxx(),), include):
+        return lacking
+    # It hands paths to the compiler without quotes: its own, Python's, and those of what it compiles.
+    caches = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    paths = (include, torch.origin if torch else "", tempfile.gettempdir(), caches)
+    split = next((path for path in paths if re.search(r"[\s'\"\\]", path)), None)
+    return split and f"torch.compile's C++ compiler gets no path with a space or a quote ({split})"
+
+
+def cxx() -> str:
+    """The C++ compiler that torch.compile calls, there or not."""
+    return os.environ.get("CXX", "g++")
 
 
 def lacks_for_triton() -> str | None:

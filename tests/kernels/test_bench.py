@@ -8,6 +8,7 @@ import pytest
 from megatron_xact import cli
 
 
+@pytest.mark.compiler
 def test_bench_kernels(tmp_path, capsys):
     words = "bench kernels --activations relu2 --rows 8 --columns 256 --dtypes float32 --repeats 3 --out"
     assert cli.main([*words.split(), str(tmp_path)]) == 0
@@ -28,6 +29,16 @@ def test_bench_kernels(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", ["kernels", "mlp"])
+def test_without_a_compiler_there_is_nothing_to_compare_with(part, tmp_path, capsys, monkeypatch):
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, "no-such-compiler")
+    assert cli.main(["bench", part, "--out", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "compiler (no-such-compiler)" in error and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("part", ["kernels", "mlp"])
 def test_help_tells_defaults_as_words(part, capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", part, "--help"])
@@ -35,12 +46,14 @@ def test_help_tells_defaults_as_words(part, capsys):
     assert "default: xielu relu2" in told and "(default: runs/bench)" in told and "['" not in told and "([" not in told
 
 
+@pytest.mark.compiler
 def test_wrong_names_are_refused_before_anything_is_measured(tmp_path, capsys):
     assert cli.main(["bench", "kernels", "--activations", "xielo", "--out", str(tmp_path / "none")]) == 2
     assert "did you mean xielu" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.compiler
 def test_bench_mlp(tmp_path, capsys, monkeypatch):
     """Without a GPU: unfused and the peers, one line of the table each; and why nothing else can be chosen."""
     monkeypatch.setenv("XACT_CACHE", str(tmp_path / "cache"))
@@ -61,6 +74,7 @@ def test_bench_mlp(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "cache").exists()  # there was nothing to choose
 
 
+@pytest.mark.compiler
 def test_impossible_sizes_of_an_mlp_are_refused(tmp_path, capsys):
     for words, told in {
         "--tp 5 --hidden 16": "--tp 5 must divide the ffn width, 96",

@@ -84,6 +84,7 @@ def test_bias_and_scale_have_the_gradients_of_autograd(name):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", VARIED)
 def test_a_whole_mlp_compiles_to_one_graph(name, dynamic):
@@ -93,6 +94,7 @@ def test_a_whole_mlp_compiles_to_one_graph(name, dynamic):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.compiler
 def test_a_compiled_mlp_follows_its_configuration():
     for beta in (0.5, 0.25):
         mlp = MLP("xielu", beta=beta)

@@ -23,9 +23,9 @@ DP2 = ("--use-distributed-optimizer",)
 PYTHON = """#!/bin/sh
 if [ -n "$XACT_ATTEMPT" ] && [ "$1 $2" = "-m megatron_xact" ]; then
     shift 2
-    set -- {root}/tests/distributed/hooked.py "$@"
+    set -- "{root}/tests/distributed/hooked.py" "$@"
 fi
-exec {python} "$@"
+exec "{python}" "$@"
 """
 
 

@@ -461,6 +461,7 @@ def test_traces_as_one_graph(name):
     assert grads.keys() == want.keys() and all(torch.equal(grads[s], want[s]) for s in want)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["xielu", "xgelu_glu2", "xatlu"])
 def test_inductor_agrees_with_eager(name):
     torch.compiler.reset()

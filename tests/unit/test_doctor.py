@@ -75,6 +75,18 @@ def test_optimizer_is_the_one_megatron_takes():
     assert backends["optimizer"]["choice"] == homes[Adam.__module__.split(".")[0]]
 
 
+def test_a_compiler_that_torch_would_not_call_is_none(tmp_path, monkeypatch):
+    """torch.compile calls $CXX or g++. With clang++ alone it fails, and so does a run without Python's headers."""
+    (tmp_path / "clang++").write_text("#!/bin/sh\n")
+    (tmp_path / "clang++").chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _, checks, _ = report()
+    assert (checks["C++ compiler"]["status"], checks["C++ compiler"]["detail"]) == (
+        "warning", "torch.compile finds no C++ compiler (g++)",
+    )  # fmt: skip
+
+
 def test_text_report_says_what_would_be_used_and_what_is_missing():
     code, text = doctor(options=())
     assert code == 0
@@ -139,10 +151,9 @@ def test_a_transformer_engine_that_imports_is_used(tmp_path):
 
 
 def test_a_megatron_without_its_trainer_blocks(tmp_path):
-    """An older megatron-core, found first: without megatron.training nothing can train."""
-    metadata = "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.16.1\n"
-    old = package(tmp_path, {"megatron_core-0.16.1.dist-info/METADATA": metadata})
-    result, checks, _ = report(old)
+    """An older megatron-core, found first, as a clone on PYTHONPATH is: without megatron.training nothing can train."""
+    clone = {"megatron/core/__init__.py": "", "megatron/core/package_info.py": "__shortversion__ = '0.16.1'"}
+    result, checks, _ = report(package(tmp_path, clone))
     assert not result["can_train"]
     assert checks["megatron-core"]["status"] == "blocking" and "0.16.1" in checks["megatron-core"]["detail"]
     assert "megatron-core>=0.19" in checks["megatron-core"]["advice"]

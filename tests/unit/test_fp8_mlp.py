@@ -52,6 +52,7 @@ def assert_same_bits(ours, eager) -> None:
         assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("layer", [("xielu",), ("xsilu_glu2", True, "e5m2")], indirect=True, ids=["xielu", "gated"])
 def test_it_compiles_to_one_graph_with_the_bits_of_eager_code(layer):
     torch._dynamo.reset()

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from megatron_xact import activations
-from megatron_xact.kernels import cpu, ops, reference
+from megatron_xact.kernels import cpu, ops, reference, toolchain
 from megatron_xact.kernels.backends import backend_of
-
-needs_compiler = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 
 
 def raw_parameters(record, dtype=torch.float32):
@@ -62,7 +60,7 @@ def test_only_the_input_and_the_parameters_are_kept_for_backward():
     assert sorted(t.numel() for t in saved) == [1, 1, 8 * 64]
 
 
-@needs_compiler
+@pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["xielu", "xsilu_glu2"])
 def test_fused_cpu_path_is_as_good_as_the_reference(name, dtype):
@@ -83,7 +81,7 @@ def test_fused_cpu_path_is_as_good_as_the_reference(name, dtype):
         torch.testing.assert_close(gradient.double(), truth[2][key], rtol=1e-5, atol=0)
 
 
-@needs_compiler
+@pytest.mark.compiler
 def test_fused_cpu_path_gives_the_same_bits_twice():
     record = activations.get("xielu")
     x, dy = inputs(record, cpu.MIN_ELEMENTS // 64, torch.float32)
@@ -92,7 +90,7 @@ def test_fused_cpu_path_gives_the_same_bits_twice():
     assert all(torch.equal(d1[key], d2[key]) for key in d1)
 
 
-@needs_compiler
+@pytest.mark.compiler
 def test_the_compiled_backward_is_one_pass_for_any_number_of_rows():
     """dx in both halves and the sum; and no constant of a record (here the 2 of x^2) is left to be computed with."""
     from torch._dynamo import config
@@ -124,6 +122,24 @@ def test_small_fp64_and_clamped_inputs_are_served_by_the_reference():
     large = torch.zeros(cpu.MIN_ELEMENTS)
     assert not cpu.serves(large[:-1]) and not cpu.serves(large.double())
     assert backend_of(activations.get("xielu", eps=-1e-6), large) is reference
+
+
+@pytest.mark.parametrize("how", ["TORCHINDUCTOR_CACHE_DIR", "tempdir"])
+def test_a_path_that_the_compiler_would_get_in_two_words_is_told(how, tmp_path, monkeypatch):
+    """torch.compile does not quote the paths it gives to g++: in a clone below "my models" it would end the run."""
+    monkeypatch.setattr(toolchain, "_lacks", lambda *_: None)
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda *_: "/include")
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert toolchain.lacks_for_torch() is None
+    if how == "tempdir":
+        monkeypatch.setattr(toolchain.tempfile, "tempdir", "/home/my models")
+    else:
+        monkeypatch.setenv(how, "/home/my models")
+    assert toolchain.lacks_for_torch() == (
+        "torch.compile's C++ compiler gets no path with a space or a quote (/home/my models)"
+    )
 
 
 def test_without_a_compiler_it_says_so_once_and_works(monkeypatch, caplog):

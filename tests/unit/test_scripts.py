@@ -101,12 +101,55 @@ def test_to_print_its_arguments_quickstart_neither_exports_nor_deletes(quickstar
     assert (tmp_path / "runs/quickstart/hugging-face/model.safetensors").exists()
 
 
+# A Python 3.12 whose environments hold itself.
+PYTHON = """#!/bin/bash
+case "$*" in
+    *'print(".".join'*) echo 3.12.9 ;;
+    -V) echo Python 3.12.9 ;;
+    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "made as $PWD/.venv" >.venv/pyvenv.cfg ;;
+    "-m pip"*) echo "$*" >>.venv/installed ;;
+esac
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """env.sh in a repository of its own, with stand-ins first on PATH: run it, with these variables."""
+    root = tmp_path / "a clone"
+    for folder in ("launch", "bin"):
+        (root / folder).mkdir(parents=True)
+    for file in ("launch/env.sh", "pyproject.toml"):
+        shutil.copy(ROOT / file, root / file)
+
+    def run(programs: dict[str, str], **more: str) -> subprocess.CompletedProcess:
+        for name, script in programs.items():
+            (root / "bin" / name).write_text(script)
+            (root / "bin" / name).chmod(0o755)
+        variables = {"PATH": f"{root}/bin:{os.environ['PATH']}"} | more
+        return subprocess.run(["bash", "launch/env.sh"], cwd=root, env=variables, capture_output=True, text=True)
+
+    return run
+
+
+def test_an_environment_is_made_once_and_without_a_home(environment):
+    done = environment({"python3.12": PYTHON, "pyenv": "#!/bin/sh\nexit 127\n"})
+    assert (done.returncode, done.stderr) == (0, "") and "ready in" in done.stdout
+    done = environment({})
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_an_environment_is_made_where_nothing_can_be_locked(environment):
+    """As on Lustre mounted without flock, where util-linux' program ends with 71: there is nobody to wait for."""
+    done = environment({"python3.12": PYTHON, "flock": "#!/bin/sh\necho No locks available >&2\nexit 71\n"})
+    assert (done.returncode, done.stderr) == (0, "") and "waiting" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "ranks, cores, given, threads",
     [(8, 96, "", 8), (8, 32, "", 4), (2, 2, "", 1), (4, 2, "", 1), (2, 7, "", 3), (8, 96, "3", 3)],
 )
 def test_the_ranks_of_a_node_share_its_cores(ranks, cores, given, threads):
-    script = f"source {ROOT}/launch/ranks.sh; threads_for {ranks} {cores}; printenv OMP_NUM_THREADS"
+    script = f"source {shlex.quote(str(ROOT))}/launch/ranks.sh; threads_for {ranks} {cores}; printenv OMP_NUM_THREADS"
     environment = {"PATH": os.environ["PATH"]} | ({"OMP_NUM_THREADS": given} if given else {})
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == threads
