@@ -21,7 +21,7 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     main: Callable[[argparse.Namespace], int | None]
-    overrides: bool = False  # words that are not ours go to `args.overrides`
+    overrides: bool = False  # whether unknown words are Megatron's flags, for `args.overrides`
 
 
 def _lazy(module: str, function: str) -> Callable:
@@ -71,9 +71,7 @@ def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quiet", action="store_true", help="progress only; what Megatron prints goes to SAVE/logs/rankN.log"
     )
-    parser.add_argument(
-        "--print-args", action="store_true", help="print Megatron's resolved command line and exit"
-    )
+    parser.add_argument("--print-args", action="store_true", help="print Megatron's resolved command line and exit")
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,66 +82,6 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the pictures go (default: RUN/plots; of several runs: plots in the current folder)",
     )
-
-
-def _study(args: argparse.Namespace) -> int | None:
-    """`xact study`. Its room has no torch, so what it needs of those that have is handed in."""
-    from megatron_xact.studies import cli as study
-    from megatron_xact.studies.outside import Outside
-
-    return study.main(args, Outside(_activation_values, _planned_model, _planned_speed, _asked_for))
-
-
-def _planned_model(path: Path, layers: list):
-    """What the trainer makes of a config with these layers over it, on one copy of the model."""
-    from megatron_xact.studies.outside import Model
-
-    job = _planned(path, layers)
-    return Model(job.config.activation.name, job.shape, job.layout.micro_batch, job.layout.gpus)
-
-
-def _planned_speed(path: Path, layers: list, kind: str, gpus: int) -> float:
-    """Tokens per second on GPUs of a kind, as `xact plan` expects them."""
-    from megatron_xact.pretraining.planning import costs
-    from megatron_xact.pretraining.planning.hardware import GPUS
-
-    if kind not in GPUS:
-        raise ValueError(f"--gpu {kind}: it is known of {', '.join(GPUS)}")
-    return costs.time(_planned(path, layers, gpus), GPUS[kind], GPUS[kind].mfu).tokens_per_second
-
-
-def _planned(path: Path, layers: list, gpus: int | None = None):
-    from megatron_xact.pretraining import config as config_file
-    from megatron_xact.pretraining.planning import job
-
-    config = config_file.load(path).with_layers(layers)
-    args = job.describe(config)
-    ranks = gpus or (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
-    return job.with_layout(config, args, ranks, min(ranks, 8))
-
-
-def _asked_for(path: Path, sets: list[str]):
-    """What a config with these overrides asks for."""
-    from megatron_xact.pretraining import arguments
-    from megatron_xact.pretraining import config as config_file
-    from megatron_xact.studies.outside import Asked
-
-    config = config_file.load(path).with_overrides([], sets)
-    args = arguments.parse(config.arguments())
-    intervals = args.log_interval, config.xact.statistics_interval, args.save_interval
-    return Asked(config.dump(), config.asks_for_fp8, args.train_iters, *intervals)
-
-
-def _activation_values(name: str, values: dict[str, float], x):
-    """f(x) [n] of an activation with these effective parameters, the others at their start; numpy in fp64."""
-    import torch
-
-    from megatron_xact import activations
-
-    record = activations.get(name).configured(trainable=[], init=values)
-    return record.value(torch.as_tensor(x, dtype=torch.float64), record.effective({})).numpy()
 
 
 COMMANDS = {
@@ -202,7 +140,7 @@ COMMANDS = {
     "study": Command(
         "what an activation is worth: ladders of runs planned and trained, scaling laws, paired comparisons, a report",
         _lazy("megatron_xact.studies.cli", "add_arguments"),
-        _study,
+        _lazy("megatron_xact.study_command", "main"),
     ),
     "bench": Command(
         "how fast activations and whole MLPs are on this machine, and which way a run would take",
@@ -221,9 +159,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         # allow_abbrev: an abbreviation of ours could swallow a flag of Megatron's.
-        subparser = subparsers.add_parser(
-            name, help=command.help, description=command.help, allow_abbrev=False
-        )
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         if name == chosen:
             command.add_arguments(subparser)
     return parser
@@ -240,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         return COMMANDS[args.command].main(args) or 0
     except KeyboardInterrupt:
-        if "XACT_ATTEMPT" not in os.environ:  # a rank's launcher says so
+        if "XACT_ATTEMPT" not in os.environ:  # set by a launcher, which then says so for its ranks
             print("xact: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `xact doctor | head`
@@ -256,18 +192,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _silence_libraries() -> None:
-    """What is not for our users: a dozen times per import, what `xact doctor` tells once; torch's talk to itself."""
-    warnings.filterwarnings(
-        "ignore", message=r"[\s\S]*(Apex|apex|Transformer Engine|transformer-engine)[\s\S]*"
-    )
+    """Leave out warnings that tell a user nothing: `xact doctor` says once what is missing, imports a dozen times."""
+    warnings.filterwarnings("ignore", message=r"[\s\S]*(Apex|apex|Transformer Engine|transformer-engine)[\s\S]*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # deprecations inside torch
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, what follows the command as `words` too; Megatron's flags go to `overrides` where it takes any.
+    """The parsed command line; `words`: all that follows the command; `overrides`: Megatron's flags, if it takes any.
 
-    SystemExit(2): usage.
+    SystemExit(2): the usage was wrong.
     """
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = _parser(chosen)

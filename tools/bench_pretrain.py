@@ -68,17 +68,15 @@ def main() -> None:
 
 def read_shape(config: Path) -> dict:
     """What the transformers twin needs to know of the config."""
+    from megatron_xact.checkpoints import tokenizer_files
     from megatron_xact.pretraining.config import load
 
     values = load(config).megatron
     keys = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "seq-length", "micro-batch-size")
     keys += ("global-batch-size", "rotary-base", "lr", "weight-decay", "clip-grad", "adam-beta1", "adam-beta2")
-    tokenizer = json.loads((Path(values["tokenizer-model"]) / "tokenizer.json").read_text())
-    vocab = len(tokenizer["model"]["vocab"]) + len(
-        [t for t in tokenizer["added_tokens"] if t["content"] not in tokenizer["model"]["vocab"]]
-    )
+    tokens = tokenizer_files.of_folder(Path(values["tokenizer-model"])).size
     tied = not values.get("untie-embeddings-and-output-weights", False)
-    padded = -(-vocab // 128) * 128  # Megatron pads to a multiple of 128: the same matrix here
+    padded = -(-tokens // 128) * 128  # Megatron pads to a multiple of 128: the same matrix here
     return {key: values[key] for key in keys} | {"vocab-size": padded, "tied": tied}
 
 

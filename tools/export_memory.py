@@ -142,6 +142,7 @@ def make(folder: Path, size: str) -> dict:
     from megatron_xact.checkpoints.architecture import from_megatron, identity
     from megatron_xact.checkpoints.mapping import table
     from megatron_xact.pretraining import arguments
+    from megatron_xact.pretraining.checkpointing.folder import TRACKER
 
     layers, hidden, ffn, heads, groups = SIZES[size]
     started = time.monotonic()
@@ -172,7 +173,7 @@ def make(folder: Path, size: str) -> dict:
 
     dtypes = {t.name: torch.float32 if t.name in is_alpha else torch.bfloat16 for t in tensors}
     megatron_io.write(folder / "run" / "release", tensors, dtypes, produce, args)
-    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("release")
+    (folder / "run" / TRACKER).write_text("release")
     return {
         "parameters": sum(prod(t.shape) for t in tensors),
         "largest_tensor_gb": round(max(prod(t.shape) for t in tensors) * 2 / 1e9, 3),

@@ -359,8 +359,8 @@ _HF_MEANS = {
 }
 
 
-def from_hf(config: Mapping, padded_vocab_size: int | None = None) -> Architecture:
-    """Of a config.json. ValueError names what no family here has."""
+def from_hf(config: Mapping) -> Architecture:
+    """Of a config.json, without padding of the vocabulary. ValueError names what no family here has."""
     f = next((f for f in FAMILIES if f.model_type == config.get("model_type")), None)
     if f is None:
         known = ", ".join(f.model_type for f in FAMILIES)
@@ -379,7 +379,7 @@ def from_hf(config: Mapping, padded_vocab_size: int | None = None) -> Architectu
         num_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         vocab_size=config["vocab_size"],
-        padded_vocab_size=padded_vocab_size or config["vocab_size"],
+        padded_vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         rope_theta=theta,
         rope_factor=factor,

@@ -15,15 +15,23 @@ from megatron_xact.checkpoints.options import DTYPES, SHARD_SIZE, size_in_bytes
 EITHER = "a run's folder, one iter_* of it, or a Hugging Face folder"
 
 
+def _step_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=natural, metavar="N", help="iteration of a run (default: the latest)")
+
+
+def _output_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("out", metavar=name, type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--overwrite", action="store_true", help=f"move an existing {name} aside")
+
+
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=folder, help="a run's folder, or one iter_* of it")
-    add("out", metavar="OUT", type=Path, help="folder to write; it must not exist")
-    add("--step", type=natural, metavar="N", help="iteration to export (default: the latest)")
+    _output_arguments(parser, "OUT")
+    _step_argument(parser)
     add("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     add("--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="of a file (default: %(default)s)")
     add("--tokenizer", type=folder, metavar="FOLDER", help="with tokenizer.json (default: the run's)")
-    add("--overwrite", action="store_true", help="move an existing OUT aside")
     add("--no-verify", action="store_true", help="do not compare logits; tensors are always read back")
 
 
@@ -38,7 +46,7 @@ def export(args: argparse.Namespace) -> int:
 def import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="HF_FOLDER", type=folder, help="has a config.json; or a fork's checkpoint")
-    add("out", metavar="CHECKPOINT", type=Path, help="folder to write; it must not exist")
+    _output_arguments(parser, "CHECKPOINT")
     for size, short in (("tensor", "--tp"), ("pipeline", "--pp")):
         add(f"--{size}-model-parallel-size", short, type=positive(int), default=1, metavar="N", help="default: 1")
     add(
@@ -48,7 +56,7 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="as for Megatron (default: 128)",
     )
-    add("--step", type=natural, metavar="N", help="iteration of a Megatron checkpoint (default: the latest)")
+    _step_argument(parser)
     add("--activation", metavar="NAME", help="of a Megatron checkpoint that does not name its own")
     add(
         "--alpha-disagreement",
@@ -57,7 +65,6 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with activation parameters that differ between tensor-parallel ranks (default: refuse)",
     )
     add("--trust-pickle", action="store_true", help="unpickle whatever an old checkpoint holds")
-    add("--overwrite", action="store_true", help="move an existing CHECKPOINT aside")
     add("--no-verify", action="store_true", help="do not compare the result with what was imported")
 
 
@@ -99,7 +106,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=not_negative, default=0.8, metavar="T", help="of sampling (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="of sampling (default: %(default)s)")
     add("--greedy", action="store_true", help="always the likeliest token")
-    add("--step", type=natural, metavar="N", help="iteration of a run (default: the latest)")
+    _step_argument(parser)
     add("--tokenizer", type=folder, metavar="FOLDER", help="with tokenizer.json (default: the model's)")
 
 
@@ -131,9 +138,9 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows, examples at once (default: %(default)s)",
     )
-    add("--step", type=natural, metavar="N", help="iteration of a run (default: the latest)")
+    _step_argument(parser)
     add("--json", action="store_true", help="print JSON instead of a table")
-    add("--output", metavar="FILE", help="write the same JSON there")
+    add("--output", type=Path, metavar="FILE", help="write the same JSON there")
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from megatron_xact.checkpoints.model import Model
 from megatron_xact.installed import extra
 from megatron_xact.pretraining.data.indexed import read_index
 from megatron_xact.pretraining.data.progress import Progress
+from megatron_xact.pretraining.files import write_text
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     scores = harness(model, tasks, args.include_path, args.batch_size, args.limit) if tasks else []
     results = {"model": str(source.path), "losses": [asdict(x) for x in losses], "tasks": [asdict(x) for x in scores]}
     if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_text(args.output, json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2) if args.json else table(losses, scores))
     return 0
 
@@ -152,7 +153,7 @@ def _tokens_per_byte(prefix: Path) -> float | None:
 # lm-evaluation-harness
 
 
-def _prepare_harness(include_path: str | None) -> None:
+def _prepare_harness(include_path: Path | None) -> None:
     """Before anything of Hugging Face is imported: local tasks must not reach for the network."""
     if include_path:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -166,7 +167,7 @@ def _prepare_harness(include_path: str | None) -> None:
 
 
 def harness(
-    model: Model, tasks: list[str], include_path: str | None = None, batch_size: int = 4, limit: int | None = None
+    model: Model, tasks: list[str], include_path: Path | None = None, batch_size: int = 4, limit: int | None = None
 ) -> list[Score]:
     """Scores of `tasks` and their groups, zero-shot unless a task says otherwise. ValueError: an unknown task."""
     from lm_eval import simple_evaluate
@@ -176,10 +177,11 @@ def harness(
     def unknown() -> list[str]:
         return [name for name in tasks if not manager.match_tasks([name])]
 
+    own = None if include_path is None else str(include_path)  # before 0.4.12 the harness takes no Path
     # Reading the harness' own thousands of tasks takes longer than a small evaluation: only if one of them is meant.
-    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    if include_path is not None and unknown():
-        manager = TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=own, include_defaults=own is None)
+    if own is not None and unknown():
+        manager = TaskManager(include_path=own)
     if unknown():
         raise ValueError(f"unknown task {unknown()[0]!r}; `lm-eval ls tasks` lists them, --include-path adds your own")
     wrapped = HFLM(pretrained=model.module, tokenizer=model.tokenizer(), batch_size=batch_size)

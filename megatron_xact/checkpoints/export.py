@@ -21,10 +21,11 @@ from megatron_xact.checkpoints import safetensors_io, tokenizer_files
 from megatron_xact.checkpoints.architecture import Architecture, family, from_megatron, to_hf
 from megatron_xact.checkpoints.folders import whole_folder
 from megatron_xact.checkpoints.mapping import Rule, check_names, hf_shapes, megatron_shapes, table
-from megatron_xact.checkpoints.megatron_io import LegacyCheckpoint, open_checkpoint
+from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_checkpoint
 from megatron_xact.checkpoints.model_card import card
 from megatron_xact.checkpoints.modeling import MODELING_FILE, modeling_source
 from megatron_xact.checkpoints.options import DTYPES, SHARD_SIZE, size_in_bytes
+from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining.data.progress import Progress
 
 
@@ -103,14 +104,7 @@ def export(
         with Progress("export", total) as progress:
             stream = _exported(source, a, rules, effective)
             checksums = safetensors_io.write(folder, shards, stream, torch_dtype, progress.update)
-        files.copy(folder)
-        config = to_hf(a, name) | files.special
-        _write_json(folder / "config.json", config)
-        if not (folder / tokenizer_files.GENERATION).is_file():  # else it came with the tokenizer, from an import
-            generation = {key: value for key, value in files.special.items() if value is not None}
-            _write_json(folder / tokenizer_files.GENERATION, {"_from_model_config": True, **generation})
-        if family(a).model_type == "xact":
-            (folder / MODELING_FILE).write_text(modeling_source(a.activation), encoding="utf-8")
+        _write_configs(folder, a, name, files)
         run = source.folder.parent if (source.folder.parent / "progress.jsonl").is_file() else None
         text = card(out.absolute().name, a, source.args, source.iteration, name, effective, run)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -122,18 +116,29 @@ def export(
 
 
 def _exported(
-    source, a: Architecture, rules: list[Rule], effective: dict[str, list[float]]
+    source: Checkpoint, a: Architecture, rules: list[Rule], effective: dict[str, list[float]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor in order; notes the activation's effective values on the way."""
     for rule in rules:
         tensors = [source.read(t) for t in rule.megatron]
         if rule.activation and rule.megatron:
-            for name, value in effective_values(a, tensors, rule).items():
+            for name, value in _effective_values(a, tensors, rule).items():
                 effective[name].append(value)
         yield from zip(rule.hf, rule.export(*tensors), strict=True)
 
 
-def effective_values(a: Architecture, raw: list[Tensor], rule: Rule) -> dict[str, float]:
+def _write_configs(folder: Path, a: Architecture, dtype: str, tokenizer: TokenizerFiles) -> None:
+    """All that a client needs besides the weights."""
+    tokenizer.copy(folder)
+    _write_json(folder / "config.json", to_hf(a, dtype) | tokenizer.special)
+    if not (folder / tokenizer_files.GENERATION).is_file():  # else it came with the tokenizer, from an import
+        generation = {key: value for key, value in tokenizer.special.items() if value is not None}
+        _write_json(folder / tokenizer_files.GENERATION, {"_from_model_config": True, **generation})
+    if family(a).model_type == "xact":
+        (folder / MODELING_FILE).write_text(modeling_source(a.activation), encoding="utf-8")
+
+
+def _effective_values(a: Architecture, raw: list[Tensor], rule: Rule) -> dict[str, float]:
     """Of a layer's trained parameters, by name. ValueError: out of range."""
     names = [q.name for q in a.activation.trainable]
     p = a.activation.effective({name: t.float() for name, t in zip(names, raw, strict=True)})
@@ -159,5 +164,3 @@ def _verify(checkpoint: Path, folder: Path, tokenizer: Path) -> str:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-

@@ -46,7 +46,7 @@ from megatron_xact.checkpoints.mapping import (
     megatron_shapes,
     table,
 )  # fmt: skip
-from megatron_xact.checkpoints.megatron_io import LegacyCheckpoint, open_checkpoint
+from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_checkpoint
 from megatron_xact.checkpoints.safetensors_io import Weights
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining import arguments
@@ -206,13 +206,13 @@ def _hugging_face(folder: Path, divisible_by: int, tensor_parallel: int) -> _Sou
     if not has_tokenizer:
         notes += (f"no tokenizer.json in {folder}; name a tokenizer in config.toml",)
     return _Source(
-        a,
-        rules,
-        dtype,
-        lambda rule: rule.restore(*(weights.read(name) for name in rule.hf)),
-        tokenizer_files.of_folder(folder) if has_tokenizer else None,
-        a.vocab_size,
-        notes,
+        architecture=a,
+        rules=rules,
+        dtype=dtype,
+        read=lambda rule: rule.restore(*(weights.read(name) for name in rule.hf)),
+        tokenizer=tokenizer_files.of_folder(folder) if has_tokenizer else None,
+        vocab_size=a.vocab_size,
+        notes=notes,
     )
 
 
@@ -245,7 +245,7 @@ def _xielu_of_tensors(a: Architecture, weights: Weights, said: bool) -> tuple[Ar
 # From Megatron: forks' checkpoints, and our own
 
 
-def _megatron(source, activation: str | None, policy: str) -> _Source:
+def _megatron(source: Checkpoint, activation: str | None, policy: str) -> _Source:
     if activation is not None:
         source.args.xact_activation = identity(activations.get(activation))
     tokenizer, notes = None, ()
@@ -276,7 +276,15 @@ def _megatron(source, activation: str | None, policy: str) -> _Source:
             return tuple(c.mean(dim=0) if policy == "average" else c[0] for c in copies)
         return tuple(source.read(t) for t in rule.megatron)
 
-    return _Source(a, rules, source.dtype(), read, tokenizer, getattr(source.args, "vocab_size", None), notes)
+    return _Source(
+        architecture=a,
+        rules=rules,
+        dtype=source.dtype(),
+        read=read,
+        tokenizer=tokenizer,
+        vocab_size=getattr(source.args, "vocab_size", None),
+        notes=notes,
+    )
 
 
 def _spread(source: LegacyCheckpoint, tensor: MegatronTensor) -> float:

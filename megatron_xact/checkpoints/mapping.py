@@ -199,7 +199,7 @@ XIELU_HF = ("alpha_p", "alpha_n", "beta", "eps")
 
 def _xielu(a: Architecture, layer: int, megatron: str, hf: str) -> Rule:
     learned = tuple(q.name for q in a.activation.trainable)
-    fixed = xielu_fixed_raw(a)
+    fixed = _xielu_fixed_raw(a)
 
     def export(*raw: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(learned, raw, strict=True)) | {n: torch.tensor([v]) for n, v in fixed.items()}
@@ -218,7 +218,7 @@ def _xielu(a: Architecture, layer: int, megatron: str, hf: str) -> Rule:
     return Rule(layer, tensors, tuple(hf + name for name in XIELU_HF), export, restore, activation=True)
 
 
-def xielu_fixed_raw(a: Architecture) -> dict[str, float]:
+def _xielu_fixed_raw(a: Architecture) -> dict[str, float]:
     """Raw values of the parameters that are not trained, by name."""
     init = {q.name: q.init for q in a.activation.parameters}
     every = activations.get(a.activation.name, trainable=tuple(init), **init).initial_raw()
@@ -246,5 +246,3 @@ def megatron_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
 
 def hf_shapes(rules: Iterable[Rule]) -> dict[str, tuple[int, ...]]:
     return {name: shape for rule in rules for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)}
-
-

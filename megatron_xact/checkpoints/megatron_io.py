@@ -52,8 +52,8 @@ def find(folder: Path, step: int | None = None) -> Path:
     return check_checkpoint(folder, step)
 
 
-def open_checkpoint(folder: Path, step: int | None = None, trust_pickle: bool = False):
-    """A `DistributedCheckpoint` or a `LegacyCheckpoint`, whichever is there."""
+def open_checkpoint(folder: Path, step: int | None = None, trust_pickle: bool = False) -> Checkpoint:
+    """Whichever kind is there."""
     found = find(Path(folder), step)
     if any(found.glob("mp_rank_*")):
         return LegacyCheckpoint(found, trust_pickle)
@@ -74,11 +74,9 @@ class DistributedCheckpoint:
         except (CheckpointingException, pickle.UnpicklingError, EOFError, KeyError) as error:
             raise ValueError(f"checkpoint {folder} cannot be read: {error}") from error
         self.iteration: int = common.get("iteration", 0)
-        self.args: Namespace | None = common.get("args")
-        if self.args is None:
-            if (folder / "run_config.yaml").is_file():
-                raise ValueError(f"checkpoint {folder} is Megatron-Bridge's, which only Megatron-Bridge can read yet")
-            raise ValueError(f"checkpoint {folder} holds no arguments; nothing says what model it is")
+        if common.get("args") is None and (folder / "run_config.yaml").is_file():
+            raise ValueError(f"checkpoint {folder} is Megatron-Bridge's, which only Megatron-Bridge can read yet")
+        self.args = _arguments_of(common, folder)
 
     def shapes(self, rules: Iterable[Rule] = ()) -> dict[str, tuple[int, ...]]:
         """Of every tensor of the model, by name, layers apart."""
@@ -196,9 +194,7 @@ class LegacyCheckpoint:
         self.tp, self.pp = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
         if len(ranks) != self.tp * self.pp:
             raise ValueError(f"{folder} has the files of {len(ranks)} ranks, not of {self.tp} x {self.pp}")
-        self.args: Namespace = ranks[0, 0].get("args")
-        if self.args is None:
-            raise ValueError(f"checkpoint {folder} holds no arguments; nothing says what model it is")
+        self.args = _arguments_of(ranks[0, 0], folder)
         self.iteration: int = ranks[0, 0].get("iteration", 0)
         self._tensors = [self._of_tp_rank({pp: ranks[tp, pp] for pp in range(self.pp)}) for tp in range(self.tp)]
 
@@ -253,6 +249,15 @@ class LegacyCheckpoint:
             halves = [part.chunk(2) for part in parts]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
         return torch.cat(parts, dim=tensor.split)
+
+
+Checkpoint = DistributedCheckpoint | LegacyCheckpoint
+
+
+def _arguments_of(state: dict, folder: Path) -> Namespace:
+    if state.get("args") is None:
+        raise ValueError(f"checkpoint {folder} holds no arguments; nothing says what model it is")
+    return state["args"]
 
 
 # Writing

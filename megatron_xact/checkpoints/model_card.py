@@ -22,7 +22,8 @@ def card(
     effective: dict[str, list[float]],
     run: Path | None,
 ) -> str:
-    """Markdown. effective: parameter name -> effective value by layer. run: the training run's folder, if known."""
+    """Markdown. effective: parameter name -> effective value by layer. run: the training run's folder with its
+    progress.jsonl, if it is there."""
     f = family(a)
     remote = f.model_type == "xact"
     size = sum(prod(shape) for shape in hf_shapes(table(a)).values())
@@ -130,7 +131,7 @@ def _training(args: Namespace, iteration: int) -> dict[str, object]:
 
 
 def _results(run: Path | None, iteration: int) -> dict[str, object]:
-    if run is None or not (run / "progress.jsonl").is_file():
+    if run is None:
         return {}
     found = report.read(run)
     rows: dict[str, object] = {}

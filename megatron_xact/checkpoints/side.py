@@ -18,7 +18,7 @@ from megatron_xact.checkpoints.safetensors_io import Weights
 
 
 class Side:
-    """One of the two checkpoints: its architecture, its tensors under shared names, its model."""
+    """One of the two checkpoints."""
 
     def __init__(self, source: Source):
         self.source = source

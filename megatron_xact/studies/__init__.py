@@ -11,6 +11,8 @@
     isoflop.py   IsoFLOP parabolas, as a diagnostic only
     pairs.py     which runs of two activations belong together
     compare.py   activation against baseline in pairs: compute multiplier, its interval, does it depend on size
+    effects.py   what compare.py estimates from the pairs, and the intervals of that
+    words.py, numbers.py   fits and comparisons as sentences, and as JSON and CSV
     report.py, page.py, figures.py, *_plots.py, curves.py   the folder of numbers, pictures and one HTML page
     recipe.py, ladder.py, planning.py, expectation.py, measuring.py   STUDY.toml -> configs of runs, and what to expect
     running.py, state.py, progress.py, slurm.py, collecting.py        the runs, here or as job arrays, and their table

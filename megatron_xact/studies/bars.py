@@ -1,4 +1,4 @@
-"""Progress bars of fits: on a terminal, and only of what takes longer than a blink."""
+"""Progress bars of fits: on a terminal, and only of what takes longer than half a second."""
 
 from __future__ import annotations
 

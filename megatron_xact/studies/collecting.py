@@ -59,7 +59,7 @@ def _row(cell: Cell, folder: Path, table_folder: Path, speeds: dict[tuple[str, s
     if not isinstance(loss, (int, float)) or not math.isfinite(loss):
         raise ValueError(f"{cell.name} has no validation loss ({run / state.REPORT}): does the config name validation "
                          "data?")  # fmt: skip
-    tokenizer, data = identity(run / "config.toml")
+    tokenizer, data = _tokenizer_and_data(run / "config.toml")
     return Run(
         activation=trunk.activation, size=trunk.size, params=float(trunk.params), tokens=float(cell.tokens),
         seed=trunk.seed, loss=loss, params_count=PARAMS_COUNT, flops=float(cell.flops),
@@ -76,8 +76,8 @@ def _alphas(by_layer: dict[str, dict[str, float]]) -> str:
     return json.dumps({name: [values.get(name) for values in layers] for name in names}) if names else ""
 
 
-def identity(config: Path) -> tuple[str, str]:
-    """What a run's tokenizer and data are: by their contents where they can be had, else by name."""
+def _tokenizer_and_data(config: Path) -> tuple[str, str]:
+    """Of a run: by their contents where they can be had, else by name."""
     table = tomllib.loads(config.read_text(encoding="utf-8")).get("data", {})
     prefixes = [str(p) for p in table.get("train-data-path") or table.get("data-path") or []]
     manifests = [m for p in prefixes if (m := Path(p).parent / "data.json").is_file()]
@@ -87,9 +87,10 @@ def identity(config: Path) -> tuple[str, str]:
         return made["tokenizer_sha256"][:12], f"{made['source']} {_digest(parts.encode())}"
     tokenizer = str(table.get("tokenizer-model") or table.get("tokenizer-type", ""))
     file = Path(tokenizer) / "tokenizer.json"
-    name = _digest(file.read_bytes()) if file.is_file() else tokenizer
+    if file.is_file():
+        tokenizer = _digest(file.read_bytes())
     validation = [str(p) for p in table.get("valid-data-path", [])]
-    return name, " ".join(prefixes + validation) or ("mock-data" if table.get("mock-data") else "")
+    return tokenizer, " ".join(prefixes + validation) or ("mock-data" if table.get("mock-data") else "")
 
 
 def _digest(content: bytes) -> str:

@@ -85,9 +85,7 @@ def plan(args: argparse.Namespace, outside: Outside) -> int:
     if speed:
         lines.append(expectation.hours_text(made, speed))
     if len(study.recipe.activations) > 1:
-        lines.append(expectation.precision_text(
-            lambda m: expectation.precision(made, args.noise, m), args.noise, args.multiplier
-        ))  # fmt: skip
+        lines.append(expectation.precision_text(made, args.noise, args.multiplier))
     print("\n".join(lines))
     write_text(folder / "expected.json", json.dumps({"expected": lines}, indent=1) + "\n")
     print(f"{'wrote' if new else 'unchanged'}: {folder} ({len(made.trunks)} configs); xact study run {folder}")

@@ -1,8 +1,8 @@
 """What one activation is worth against a baseline, in compute: m with L_other(C) = L_baseline(m C).
 
 Runs are paired by size, token budget and seed. With a common law L = E + R(N, D), the baseline has E + R e^h and the
-other E + R e^-h, so that a pair's difference is -2 R sinh h, and ln m = 2 h / gamma: m N^.. parameters and tokens, in
-the proportion of the frontier, would take the baseline to the other's loss. Swapping the two gives 1/m exactly.
+other E + R e^-h, so that a pair's difference is -2 R sinh h, and ln m = 2 h / gamma: the baseline reaches the other's
+loss with m times the compute, spent in the proportion of the frontier. Swapping the two gives 1/m exactly.
 
 The interval has two sources. *Noise of the differences*: pairs, or whole trunks where runs branch from one, are
 collapsed to one number each, and what each contributes to the scatter gives a t distribution. *The law*: what a loss
@@ -17,7 +17,6 @@ a nat wrongly: in simulations with 0.27 and 0.16 the 95 % interval of m = 1.05 t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -101,31 +100,33 @@ def compare(
     """
     if baseline == other:
         raise ValueError(f"{baseline} cannot be compared with itself; seeds of one activation are not two activations")
-    of = partial(_in_either_form if form == "auto" else partial(_in_form, form=form), baseline=baseline, other=other,
-                 cluster=cluster, level=level, draws=draws, seed=seed, workers=workers)  # fmt: skip
-    found = of(table)
+    asked = {"baseline": baseline, "other": other, "cluster": cluster, "level": level, "draws": draws, "seed": seed,
+             "workers": workers}  # fmt: skip
+    found = _by_form(table, form, **asked)
     if not found.outliers:
         return found
     out = {id(r) for both in found.outliers for r in both}
     try:
-        return replace(found, without=of(table.where(lambda r: id(r) not in out)))
+        return replace(found, without=_by_form(table.where(lambda r: id(r) not in out), form, **asked))
     except ValueError:
         return found
 
 
-def _in_either_form(table: Table, **asked) -> Comparison:
-    free = _in_form(table, form="free", **asked)
+def _by_form(table: Table, form: str, **asked) -> Comparison:
+    """form: free, tied or auto, see `compare`."""
+    if form != "auto":
+        return _compare(table, form, **asked)
+    free = _compare(table, "free", **asked)
     at_bound = min(float(free.law.alpha), float(free.law.beta)) <= 1.01 * solver.EXPONENTS[0]
-    return _in_form(table, form="tied", **asked) if at_bound or not np.isfinite(free.excluded) else free
+    return _compare(table, "tied", **asked) if at_bound or not np.isfinite(free.excluded) else free
 
 
-def _in_form(
-    table: Table, baseline: str, other: str, form: str, cluster: str, level: float, draws: int, seed: int,
+def _compare(
+    table: Table, form: str, baseline: str, other: str, cluster: str, level: float, draws: int, seed: int,
     workers: int | None,
 ) -> Comparison:  # fmt: skip
-    runs = table.only(baseline).runs + table.only(other).runs
-    table = table.where(lambda r: r.activation in (baseline, other))
-    pairs = pair(runs, baseline, other, table.name)
+    table = table.only(baseline, other)
+    pairs = pair(table.runs, baseline, other, table.name)
     require(table, f"{table.name}, {baseline} and {other}", form)
     distinct = len(set(keys(table.runs)))
     if distinct <= PARAMETERS[form]:
@@ -143,15 +144,15 @@ def _in_form(
     value = 2 * half / float(law.gamma)
     mean, error, freedom = effects.of_clusters(laws, pairs, ids).mean()
     multiplier = effects.estimate(value, effects.mixture(mean, error, laws.gamma, freedom), level)
+    trends = effects.trends(law, laws, pairs, ids, level)
+    time = _log_step_time(pairs, level)
     return Comparison(
         baseline=baseline, other=other, pairs=tuple(pairs), unpaired=len(table) - 2 * len(pairs), level=level,
         clusters=count, clustered_by=clustered_by, multiplier=multiplier.exp(),
         p=effects.p_of_none(mean, error, freedom), difference=t_interval(differences(pairs), ids, level),
         by_size=effects.by_group(law, laws, pairs, ids, [a.size for a, _ in pairs], level),
-        by_tokens=_by_tokens(law, laws, pairs, ids, level), shares=effects.shares(law, pairs),
-        trends=(trends := effects.trends(law, laws, pairs, ids, level)),
-        step_time=(time := _step_time(pairs, level)) and time.exp(),
-        wall_clock=time and _minus(multiplier, time).exp(), law=law, form=form,
+        by_tokens=_by_tokens(law, laws, pairs, ids, level), shares=effects.shares(law, pairs), trends=trends,
+        step_time=time and time.exp(), wall_clock=time and _minus(multiplier, time).exp(), law=law, form=form,
         params_ratio=ratio(pairs, "params"), flops_ratio=ratio(pairs, "flops"), outliers=_outliers(law, pairs, trends),
     )  # fmt: skip
 
@@ -197,7 +198,7 @@ def _refit(
 
 def tied_multiplier(table: Table, baseline: str, other: str) -> float:
     """m under a law with one exponent: beside that of `compare` it tells how much the law matters."""
-    table = table.where(lambda r: r.activation in (baseline, other))
+    table = table.only(baseline, other)
     problem, phi, half = common_law(table, pair(table.runs, baseline, other, table.name), other, "tied")
     return float(np.exp(2 * half / problem.law(phi).gamma))
 
@@ -225,7 +226,7 @@ def _outliers(law: Law, pairs: Pairs, trends: dict[str, Trend | str]) -> tuple[t
     return tuple(both for both, out in zip(pairs, outlying(away), strict=True) if out)
 
 
-def _step_time(pairs: Pairs, level: float) -> Estimate | None:
+def _log_step_time(pairs: Pairs, level: float) -> Estimate | None:
     """ln of other / baseline over the pairs that measured both; a size is one measurement, whatever its seeds."""
     timed = [p for p in pairs if all(r.step_time_s for r in p)]
     if not timed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,12 +63,12 @@ class Precision:
     why_not: str = ""
 
 
-def precision(plan: Plan, noise: float, multiplier: float, studies: int = 12, seed: int = 0) -> Precision:
+def precision(plan: Plan, noise: float, multiplier: float, studies: int = 12) -> Precision:
     """A baseline and another activation worth `multiplier`, on this ladder, with runs that scatter by `noise` nat.
 
     Half of the variance is shared by the budgets of a trunk, which they continue.
     """
-    rng, ends = np.random.default_rng(seed), []
+    rng, ends = np.random.default_rng(0), []
     first = plan.trunks[0]
     ladder = [c for c in cells(plan.trunks) if (c.trunk.activation, c.trunk.factor) == (first.activation, first.factor)]
     for _ in range(studies):
@@ -98,12 +97,11 @@ def _simulated(ladder: list[Cell], noise: float, multiplier: float, rng: np.rand
     return Table(runs, "simulated study")
 
 
-def precision_text(simulate: Callable[[float], Precision], noise: float, multiplier: float) -> str:
-    """simulate: multiplier -> its precision."""
-    found = simulate(multiplier)
+def precision_text(plan: Plan, noise: float, multiplier: float) -> str:
+    found = precision(plan, noise, multiplier)
     if found.why_not:
         return f"answer       no interval can be expected: {found.why_not}"
-    none = simulate(1.0)
+    none = precision(plan, noise, 1.0)
     width = float(np.median(np.maximum(none.high - 1, 1 - none.low)))
     seen = float(np.mean((found.low > 1) | (found.high < 1)))
     # A median of infinities: the runs say nothing.

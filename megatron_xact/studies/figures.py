@@ -5,6 +5,7 @@ Nothing in a file depends on when or where it was drawn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,12 @@ from matplotlib.figure import Figure
 
 from megatron_xact.studies.law import Array
 from megatron_xact.studies.table import format_count
+from megatron_xact.whole import partial
 
 STYLE = {
     "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "axes.titlesize": 10.5,
 }  # fmt: skip
-
 
 # Of Okabe and Ito, which the colour-blind tell apart; without yellow, which is too light.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -29,12 +30,14 @@ LINES = ("-", "--", "-.", ":")  # beside colours, for black and white
 
 @contextmanager
 def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 4.1)):
-    """Axes [rows, columns]; saved to `path` at the end."""
+    """Axes [rows, columns]; saved to `path` at the end, whole or not at all."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")  # no pyplot, no backend
         yield fig.subplots(rows, columns, squeeze=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, dpi=130, metadata={"Software": None})
+        growing = partial(path)
+        fig.savefig(growing, dpi=130, format="png", metadata={"Software": None})
+        os.replace(growing, path)
 
 
 def shades(names: Sequence[str]) -> dict[str, tuple]:
@@ -47,11 +50,15 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def listed(names: Sequence[str], most: int = 12) -> set[str]:
-    """Those that a legend names: all, or a few along the order where they are too many."""
-    if len(names) <= most:
-        return set(names)
-    return {names[round(i * (len(names) - 1) / 5)] for i in range(6)}
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """For a legend: every name; of more than 12, six names along the order and "" for the others."""
+    named = names if len(names) <= 12 else [names[round(i * (len(names) - 1) / 5)] for i in range(6)]
+    return {name: name if name in named else "" for name in names}
+
+
+def legend(ax, title: str, **where) -> None:
+    """where: of `Axes.legend`; by default to the right of the axes."""
+    ax.legend(title=title, fontsize=8, title_fontsize=8, **where or {"loc": "upper left", "bbox_to_anchor": (1, 1)})
 
 
 def plain_ticks(ax, x: Array) -> None:

@@ -73,12 +73,12 @@ class Fit:
         ends = np.array([percentiles(values, level) for values in drawn])
         return float(ends[:, 0].min()), float(ends[:, 1].max())
 
-    def optimal(self, flops: float, level: float = 0.95) -> dict[str, tuple[float, float, float]]:
-        """Compute-optimal params, tokens and loss for 6 N D = flops, each (value, low, high)."""
+    def optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
+        """Compute-optimal params, tokens and loss for 6 N D = flops, each (value, low, high), at 95 %."""
         value = _optimum(self.law, flops)
         drawn = [_optimum(laws, flops) for d in self.draws for laws in d.every]
         names = ("params", "tokens", "loss")
-        return {name: (float(value[i]), *self._both([d[i] for d in drawn], level)) for i, name in enumerate(names)}
+        return {name: (float(value[i]), *self._both([d[i] for d in drawn], 0.95)) for i, name in enumerate(names)}
 
 
 def quantity_of(law: Law, quantity: str) -> Array:
@@ -107,28 +107,29 @@ def fit(
     if len(activations) != 1:
         raise ValueError(f"a law is of one activation; the table has {', '.join(activations)}")
     what = f"{table.name}, {activations[0]}"
-    require(table, what, least := "tied" if form == "auto" else form)
-    require_slope(solve(table, least), table, what)
+    least = "tied" if form == "auto" else form
+    require(table, what, least)
+    require_slope(solve(table, least), table, what)  # before all that takes long
     if hold_out and (left := len(table.sizes) - hold_out) < 3:
         raise ValueError(f"{what}: without its {hold_out} largest sizes there are {max(0, left)} left, and a law in N "
                          "needs at least 3; hold out fewer")  # fmt: skip
     drawn = {"bootstraps": bootstraps, "seed": seed, "workers": workers}
-    trials = tuple(predict_largest(table, hold_out, **drawn)) if hold_out != 0 else ()
-    known = len(trials[0].held_out) if trials else None
+    trials = tuple(predict_largest(table, hold_out, **drawn))
+    largest = trials if trials and len(trials[0].held_out) == 1 else tuple(predict_largest(table, 1, **drawn))
     chosen, why = choose(form, trials, table)
-    assumed = form == "auto" and chosen == "tied"  # equal exponents, which nothing has shown
-    free_too = assumed and identifiable(table.array("params"), table.array("tokens"), "free")
-    problem, found, draws = _draw(table, chosen, bootstraps, seed, workers)
+    fitted = _draw(table, chosen, **drawn)
+    problem, found, draws = fitted
     law = problem.law(found.phi[found.best])
     best = found.objective[found.best]
     residuals = relative_errors(law, table)
     outliers = outlying(residuals)
-    freest = _draw(table, "free", bootstraps, seed, workers) if free_too else (problem, found, draws)
+    assumed = form == "auto" and chosen == "tied"  # equal exponents, which nothing has shown
+    free_too = assumed and identifiable(table.array("params"), table.array("tokens"), "free")
+    freest = _draw(table, "free", **drawn) if free_too else fitted
     return Fit(
         table=table, form=chosen, why=why, law=law, objective=float(best), gradient=float(found.gradient[found.best]),
         starts=(int((found.objective <= best * (1 + 1e-9) + 1e-9).sum()), len(found.objective)),
-        residuals=residuals, trials=trials,
-        largest=trials if known == 1 else tuple(predict_largest(table, 1, **drawn)),
+        residuals=residuals, trials=trials, largest=largest,
         draws=(draws, freest[2]) if free_too else (draws,), seed=seed,
         profile=uncertainty.profile_of_E(*freest), outliers=outliers, activation=activations[0],
         robust=_without(table, chosen, outliers),

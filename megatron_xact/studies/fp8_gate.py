@@ -78,7 +78,7 @@ def submit(pair: Pair, threshold: float, window: int | None = None, per_node: in
 def verdict(pair: Pair, threshold: float, window: int | None = None) -> int:
     """Of runs that have ended: written, drawn and told. The exit code: 0: FP8 passes; 1: it does not."""
     found = judge(pair.fp8.folder, pair.bf16.folder, threshold, window, bool(pair.fp8.diverged))
-    sentence = _verdict(found)
+    sentence = _sentence(found)
     write_text(pair.folder / "gate.json", json.dumps(_numbers(found, sentence, pair.asked), indent=1) + "\n")
     gate_plot.draw(found, pair.folder / "gate.png")
     print(words.lines(f"FP8 gate: {'PASS' if found.passed else 'FAIL'}", _told(found, sentence, pair)))
@@ -123,7 +123,7 @@ def pair_of(asked: Asked, folder: Path) -> Pair:
 # -- told -------------------------------------------------------------------------------------------------------------
 
 
-def _verdict(gate: Gate) -> str:
+def _sentence(gate: Gate) -> str:
     if gate.gap is None:
         return f"FP8 diverged: its loss or gradient is NaN or infinite after step {gate.diverged:,}"
     gap, first, last = gate.gap, *gate.window[[0, -1]]
@@ -137,8 +137,8 @@ def _verdict(gate: Gate) -> str:
     return f"{told}; not settled, {why}: train longer, or choose a longer --window"
 
 
-def _told(gate: Gate, verdict: str, pair: Pair) -> list[tuple[str, str]]:
-    told = [("verdict", verdict)]
+def _told(gate: Gate, sentence: str, pair: Pair) -> list[tuple[str, str]]:
+    told = [("verdict", sentence)]
     if not pair.bf16.is_finished:
         job = slurm.under_way(pair.folder).get((ARRAY, 2))
         by_hand = shlex.join(["xact", "pretrain", *pair.bf16.words])
@@ -154,7 +154,7 @@ def _told(gate: Gate, verdict: str, pair: Pair) -> list[tuple[str, str]]:
         told.append(("layers", "no statistics were recorded, so none can be named"))
     if worst := gate.worst("error"):
         told.append(("worst error", f"of post-activations in e4m3 at step {gate.measured[1]:,}; rounding alone costs "
-                                    f"{_percent(ROUNDING)}"))  # fmt: skip
+                                    f"{words.percent(ROUNDING)}"))  # fmt: skip
         told += [("", error_of(layer)) for layer in worst]
     if worst := gate.worst("growth"):
         told.append(("worst growth", f"of the largest |post-activation| since step {gate.measured[0]:,}"))
@@ -166,7 +166,7 @@ def _told(gate: Gate, verdict: str, pair: Pair) -> list[tuple[str, str]]:
 
 
 def error_of(layer: Layer) -> str:
-    return f"layer {layer.number}: {_percent(layer.error)}, {_percent(layer.flushed)} flushed to zero"
+    return f"layer {layer.number}: {words.percent(layer.error)}, {words.percent(layer.flushed)} flushed to zero"
 
 
 def growth_of(layer: Layer) -> str:
@@ -174,16 +174,12 @@ def growth_of(layer: Layer) -> str:
     return f"layer {layer.number}: x{layer.growth:.3g}{beside}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
-
-
-def _numbers(gate: Gate, verdict: str, asked: Asked) -> dict:
+def _numbers(gate: Gate, sentence: str, asked: Asked) -> dict:
     window = gate.window
     return numbers.rounded({
         "passed": gate.passed,
         "settled": gate.settled,
-        "verdict": verdict,
+        "verdict": sentence,
         "threshold": gate.threshold,
         "gap": gate.gap and {"value": gate.gap.value, "low": gate.gap.low, "high": gate.gap.high},
         "window": {"first": window[0], "last": window[-1], "records": len(window)} if len(window) else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,7 @@ NAMES = {"bf16": "BF16", "fp8": "FP8"}
 
 
 def draw(gate: Gate, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    with figure(partial, 2, 2, size=(5.8, 3.5)) as axes:
+    with figure(path, 2, 2, size=(5.8, 3.5)) as axes:
         _losses(gate, axes[0, 0])
         _differences(gate, axes[1, 0])
         _layers(gate, axes[0, 1], "error")
@@ -32,7 +29,6 @@ def draw(gate: Gate, path: Path) -> None:
         axes[1, 1].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes[1, 1].yaxis.set_minor_formatter(ticker.NullFormatter())
         axes[1, 1].axhline(1, color="0.4", lw=0.8)
-    os.replace(partial, path)
 
 
 def _losses(gate: Gate, ax) -> None:

@@ -15,6 +15,8 @@ from scipy.interpolate import PchipInterpolator
 from megatron_xact.studies.law import Array
 from megatron_xact.studies.table import SAME_BUDGET, Table, budgets
 
+LEVELS = 5  # of compute, where losses are interpolated
+
 
 @dataclass(frozen=True)
 class Parabola:
@@ -28,9 +30,9 @@ class Parabola:
     measured: bool  # at this compute; else interpolated
 
 
-def parabolas(table: Table, levels: int = 5) -> list[Parabola]:
+def parabolas(table: Table) -> list[Parabola]:
     """Of one activation; empty where no compute has three sizes."""
-    return _measured(table) or _interpolated(table, levels)
+    return _measured(table) or _interpolated(table)
 
 
 def _measured(table: Table) -> list[Parabola]:
@@ -47,7 +49,8 @@ def _measured(table: Table) -> list[Parabola]:
     return found
 
 
-def _interpolated(table: Table, levels: int) -> list[Parabola]:
+def _interpolated(table: Table) -> list[Parabola]:
+    """At up to LEVELS computes, each within the budgets of at least three sizes."""
     curves = [curve for size in table.sizes if (curve := _curve(table.where(lambda r, s=size: r.size == s)))]
     if len(curves) < 3:
         return []
@@ -56,7 +59,7 @@ def _interpolated(table: Table, levels: int) -> list[Parabola]:
     covered = grid[[sum(low <= c <= high for low, high in ends) >= 3 for c in grid]]
     if not len(covered):
         return []
-    wanted = np.linspace(covered[0], covered[-1], levels)
+    wanted = np.linspace(covered[0], covered[-1], LEVELS)
     chosen = sorted({float(covered[np.abs(covered - c).argmin()]) for c in wanted})
     found = []
     for c in chosen:

@@ -188,9 +188,11 @@ def fit_budgets(steps: Sequence[float], cooldown: float, size: str) -> tuple[int
     if leaves[0] < 2 or steps[0] * cooldown < 0.5:
         raise ValueError(f"{size}: the least budget is {steps[0]:.3g} steps, too few; make it larger or batch smaller")
     *branches, last = leaves
-    interval = next(
-        (q for q in range(branches[0], 0, -1) if all(abs(round(s / q) * q - s) <= GIVES_WAY * s for s in branches)), 1
-    ) if branches else -(-last // 4)  # fmt: skip
+    if branches:  # 1 divides all of them
+        interval = next(q for q in range(branches[0], 0, -1)
+                        if all(abs(round(s / q) * q - s) <= GIVES_WAY * s for s in branches))  # fmt: skip
+    else:
+        interval = -(-last // 4)
     starts = [round(s / interval) * interval for s in branches] + [last]
     budgets = tuple(Budget(s + max(1, round(s * cooldown / (1 - cooldown))), s) for s in starts)
     if any(b.steps < 1.02 * a.steps for a, b in zip(budgets, budgets[1:], strict=False)):

@@ -55,10 +55,10 @@ class Law:
         """Exponent of the frontier: L - E falls as compute^-gamma when N and D grow in optimal proportion."""
         return self.alpha * self.beta / (self.alpha + self.beta)
 
-    def optimal(self, flops: float, per_token: float = 6.0) -> tuple[Array, Array]:
-        """Compute-optimal (N, D) for a budget of `per_token` N D FLOPs."""
+    def optimal(self, flops: float) -> tuple[Array, Array]:
+        """Compute-optimal (N, D) for a budget of 6 N D FLOPs."""
         log_G = (np.log(self.alpha) + self.log_A - np.log(self.beta) - self.log_B) / (self.alpha + self.beta)
-        log_ND = np.log(flops / per_token)
+        log_ND = np.log(flops / 6)
         log_N = np.clip(log_G + self.a_opt * log_ND, -600, 600)  # exponents near 0 have it anywhere: no overflow
         return np.exp(log_N), np.exp(log_ND - log_N)
 
@@ -133,26 +133,24 @@ def residuals(phi: Array, terms: Array, y: Array) -> tuple[Array, Array]:
     return (top + np.log(total))[..., 0] - y, parts / total
 
 
-def huber(r: Array, weights: Array | None = None, delta: float = DELTA) -> Array:
-    """Sum over runs of Huber(r) / delta^2, [B]."""
-    z = np.abs(r) / delta
+def huber(r: Array, weights: Array | None = None) -> Array:
+    """Sum over runs of Huber(r) / DELTA^2, [B]."""
+    z = np.abs(r) / DELTA
     h = np.where(z <= 1, 0.5 * z * z, z - 0.5)
     return (h if weights is None else weights * h).sum(-1)
 
 
-def objective(phi: Array, terms: Array, y: Array, weights: Array | None = None, delta: float = DELTA) -> Array:
+def objective(phi: Array, terms: Array, y: Array, weights: Array | None = None) -> Array:
     """[B] for phi [B, p], y [n] or [B, n], weights [B, n] (how often each run counts)."""
-    return huber(residuals(phi, terms, y)[0], weights, delta)
+    return huber(residuals(phi, terms, y)[0], weights)
 
 
-def derivatives(
-    phi: Array, terms: Array, y: Array, weights: Array | None = None, delta: float = DELTA
-) -> tuple[Array, Array, Array]:
+def derivatives(phi: Array, terms: Array, y: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
     """Objective [B], gradient [B, p] and Hessian [B, p, p], analytic."""
     r, shares = residuals(phi, terms, y)
     p = phi.shape[1]
-    slope = np.clip(r / delta, -1, 1) / delta
-    curvature = (np.abs(r) <= delta) / delta**2 - slope
+    slope = np.clip(r / DELTA, -1, 1) / DELTA
+    curvature = (np.abs(r) <= DELTA) / DELTA**2 - slope
     if weights is not None:
         slope, curvature = slope * weights, curvature * weights
     jacobian = np.einsum("bik,ikp->bip", shares, terms)
@@ -160,4 +158,4 @@ def derivatives(
     squares = np.einsum("ikp,ikq->ikpq", terms, terms).reshape(-1, p * p)
     hessian = ((shares * slope[..., None]).reshape(len(phi), -1) @ squares).reshape(-1, p, p)
     hessian += (jacobian * curvature[..., None]).transpose(0, 2, 1) @ jacobian
-    return huber(r, weights, delta), gradient, hessian
+    return huber(r, weights), gradient, hessian

@@ -12,12 +12,13 @@ import numpy as np
 from megatron_xact.studies import figures, isoflop
 from megatron_xact.studies.diagnostics import seed_noise
 from megatron_xact.studies.fit import Fit
+from megatron_xact.studies.law import Array, Law
 from megatron_xact.studies.table import Table
 
 
 def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
     """Loss against tokens and against compute: a row per activation, with its law."""
-    shade, named = figures.shades(table.sizes), figures.listed(table.sizes)
+    shade, label = figures.shades(table.sizes), figures.labels(table.sizes)
     low, high = table.array("loss").min(), table.array("loss").max()
     with figures.figure(path, len(table.activations), 2) as axes:
         for (left, right), activation in zip(axes, table.activations, strict=True):
@@ -26,35 +27,40 @@ def losses(table: Table, fits: dict[str, Fit], path: Path) -> None:
                 those = runs.where(lambda r, s=size: r.size == s)
                 if not those.runs:
                     continue
-                N, D = those.array("params"), those.array("tokens")
-                for ax, x, scale in ((left, D, 1.0), (right, 6 * N * D, 6 * N[0])):
-                    ax.plot(x, those.array("loss"), "o", ms=4.5, color=shade[size], label=size if size in named else "")
+                D, flops_per_token = those.array("tokens"), 6 * those.array("params")[0]
+                for ax, scale in ((left, 1.0), (right, flops_per_token)):
+                    ax.plot(D * scale, those.array("loss"), "o", ms=4.5, color=shade[size], label=label[size])
                     if activation in fits:
-                        line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
-                        law = fits[activation].law.loss(np.full(60, N[0]), line)
-                        ax.plot(line * scale, law, color=shade[size], lw=1)
+                        line, predicted = _curve(fits[activation].law, those)
+                        ax.plot(line * scale, predicted, color=shade[size], lw=1)
             for ax, what in ((left, "training tokens"), (right, "training FLOPs (6 N D)")):
                 ax.set(xlabel=what, ylabel="loss (nats per token)", title=activation)
                 figures.counts(ax)
                 ax.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-            left.legend(title="parameters", fontsize=8, title_fontsize=8, ncols=1 + len(named) // 6)
+            figures.legend(left, "parameters", ncols=1 + sum(map(bool, label.values())) // 6)
+
+
+def _curve(law: Law, those: Table) -> tuple[Array, Array]:
+    """Tokens, somewhat further than those of these runs of one size, and the loss there by the law."""
+    N, D = those.array("params"), those.array("tokens")
+    line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
+    return line, law.loss(np.full(60, N[0]), line)
 
 
 def held_out(fit: Fit, path: Path) -> None:
     """Both forms fitted without the largest sizes, extended to them; those runs are hollow, bars their prediction
     intervals. Errors: the title.
     """
-    table, shade, named = fit.table, figures.shades(fit.table.sizes), figures.listed(fit.table.sizes)
+    table, shade, label = fit.table, figures.shades(fit.table.sizes), figures.labels(fit.table.sizes)
     with figures.figure(path, 1, len(fit.trials)) as axes:
         for ax, trial in zip(axes[0], fit.trials, strict=True):
             for size in table.sizes:
                 those = table.where(lambda r, s=size: r.size == s)
-                N, D = those.array("params"), those.array("tokens")
                 out = size in trial.held_out
-                ax.plot(D, those.array("loss"), "o", ms=5, color=shade[size], mfc="white" if out else shade[size],
-                        label=size + (", held out" if out else "") if size in named else "")  # fmt: skip
-                line = np.geomspace(D.min() * 0.8, D.max() * 1.25, 60)
-                ax.plot(line, trial.law.loss(np.full(60, N[0]), line), "--" if out else "-", color=shade[size], lw=1.1)
+                ax.plot(those.array("tokens"), those.array("loss"), "o", ms=5, color=shade[size],
+                        mfc="white" if out else shade[size],
+                        label=f"{size}, held out" if out and label[size] else label[size])  # fmt: skip
+                ax.plot(*_curve(trial.law, those), "--" if out else "-", color=shade[size], lw=1.1)
             held = table.where(lambda r, t=trial: r.size in t.held_out)
             if trial.inside is not None:
                 D, ends = held.array("tokens"), (trial.margins + 1) * held.array("loss")[:, None]
@@ -71,13 +77,12 @@ def residuals(fits: dict[str, Fit], path: Path) -> None:
     with figures.figure(path, len(fits), 2, size=(5.6, 3.2)) as axes:
         for row, (activation, f) in zip(axes, fits.items(), strict=True):
             N, D = f.table.array("params"), f.table.array("tokens")
-            shade, named = figures.shades(f.table.sizes), figures.listed(f.table.sizes)
+            shade, label = figures.shades(f.table.sizes), figures.labels(f.table.sizes)
             noise = seed_noise(f.table)
             for ax, x, what in ((row[0], N, "parameters"), (row[1], D / N, "tokens per parameter")):
                 for size in f.table.sizes:
                     those = [r.size == size for r in f.table.runs]
-                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size],
-                            label=size if size in named else "")  # fmt: skip
+                    ax.plot(x[those], 100 * f.residuals[those], "o", ms=4.5, color=shade[size], label=label[size])
                 ax.axhline(0, color="0.4", lw=0.8)
                 if noise:
                     band = 200 * noise[0] / f.table.array("loss").mean()
@@ -85,7 +90,7 @@ def residuals(fits: dict[str, Fit], path: Path) -> None:
                 ax.set(xscale="log", xlabel=what, ylabel="law - measured (%)", title=f"{activation}, {f.form} form")
             figures.plain_ticks(row[0], N)
             figures.plain_ticks(row[1], D / N)
-            row[1].legend(title="parameters", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            figures.legend(row[1], "parameters")
 
 
 def profiles(fits: dict[str, Fit], path: Path) -> None:
@@ -106,7 +111,7 @@ def profiles(fits: dict[str, Fit], path: Path) -> None:
                ylabel="rise of the objective (1: 95 % by an F test)",
                title="How well is E determined? Bars below: its 95 % interval")  # fmt: skip
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(title="form of the law", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            figures.legend(ax, "form of the law")
 
 
 def isoflops(fits: dict[str, Fit], path: Path) -> None:

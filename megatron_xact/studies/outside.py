@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xact.pretraining.planning.counts import Shape
+from megatron_xact.studies.law import Array
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ Layer = tuple[Path | str, dict[str, dict[str, object]]]
 """Tables over a config, and the place that messages name: a file, whose table is named too, or what is to be said."""
 
 
+Values = Callable[[str, dict[str, float], Array], Array]
+"""(activation, effective parameters, x) -> f(x); parameters that are not given have their initial values."""
+
+
 @dataclass(frozen=True)
 class Outside:
-    values: Callable
-    """f(x) of an activation, (name, effective parameters, x) -> values, for the report's picture of it."""
+    values: Values
+    """For the report's picture of activations."""
     model: Callable[[Path, list[Layer]], Model]
     """Of a config file with layers over it. ValueError, OSError: why it cannot be trained."""
     speed: Callable[[Path, list[Layer], str, int], float]

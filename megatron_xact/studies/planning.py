@@ -64,14 +64,6 @@ def _sizes(size: Size | Shape, ffn: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _merge(*layers: dict[str, dict]) -> dict[str, dict]:
-    merged: dict[str, dict] = {}
-    for tables in layers:
-        for name, entries in tables.items():
-            merged[name] = merged.get(name, {}) | entries
-    return merged
-
-
 def config_of(study: Study, trunk: Trunk, folder: Path) -> dict[str, dict]:
     """The tables of a trunk's config; folder: the study's."""
     last = trunk.budgets[-1]
@@ -94,7 +86,7 @@ def config_of(study: Study, trunk: Trunk, folder: Path) -> dict[str, dict]:
         "runtime": {"seed": trunk.seed},
         "xact": {"keep-checkpoints": 1, "keep-every": trunk.interval if len(trunk.budgets) > 1 else 0},
     }
-    return _merge(study.tables, decided)
+    return {name: study.tables.get(name, {}) | decided.get(name, {}) for name in study.tables | decided}
 
 
 def files(study: Study, plan: Plan, folder: Path) -> dict[Path, str]:
@@ -157,48 +149,62 @@ def _toml(value: object) -> str:
     return repr(value)
 
 
+# -- told -------------------------------------------------------------------------------------------------------------
+
 KEY = (
     "N           parameters of layers and output head; all: with an untied input embedding; no embed.: layers alone",
     "no head     FLOPs without the logits; none counts looking up embeddings",
     "leaves at   step of the trunk at which this budget's cooldown begins; batch in tokens, lr at its peak",
 )
 
-# -- told -------------------------------------------------------------------------------------------------------------
-
 
 def text(plan: Plan) -> str:
-    """The table: a line per activation and size, then one per budget of each size."""
+    """A line per activation and size, then one per budget of each size, then what they come to."""
     one = [t for t in plan.trunks if t.seed == plan.trunks[0].seed and t.factor == plan.trunks[0].factor]
     first = {t.size: t for t in reversed(one)}
+    every = cells(plan.trunks)
+    flops = sum(c.steps * c.trunk.batch * flops_per_token(c.trunk.shape) for c in every)
+    seeds, factors = ({getattr(t, k) for t in plan.trunks} for k in ("seed", "factor"))
+    swept = f" x {len(factors)} rates ({', '.join(f'{f:g}x' for f in sorted(factors))})" if len(factors) > 1 else ""
+    return "\n".join([
+        *_columns(_model_rows(one, first)),
+        "",
+        *_columns(_budget_rows(list(reversed(first.values())))),
+        *(f"lr of {t.activation} {t.size}: {t.lr / t.factor:.3g}" for t in one if t.lr != first[t.size].lr),
+        "",
+        f"{len(every)} cells: {len(one)} of activation and size x {len(seeds)} seeds{swept} x budgets; "
+        f"{len(plan.trunks)} trunks, {len(every) - len(plan.trunks)} cooldowns, {flops:.3g} FLOPs",
+        "",
+        *KEY,
+    ])  # fmt: skip
+
+
+def _model_rows(trunks: Sequence[Trunk], first: dict[str, Trunk]) -> list[list[str]]:
+    """first: of each size, whose parameters the others are to match."""
     rows = [["size", "activation", "layers", "hidden", "ffn", "N", "all", "no embed.", "match", "GFLOP/token",
              "no head"]]  # fmt: skip
-    for t in one:
+    for t in trunks:
         plain = params(first[t.size].shape)
         rows.append([
             t.size, t.activation, str(t.shape.layers), str(t.shape.hidden), str(t.shape.ffn), f"{t.params:,}",
             f"{_total(t.shape):,}", f"{t.params - _embedding(t.shape):,}", f"{t.params / plain - 1:+.2%}",
             f"{flops_per_token(t.shape) / 1e9:.4g}", f"{flops_per_token(t.shape, head=False) / 1e9:.4g}",
         ])  # fmt: skip
-    lines = _columns(rows)
+    return rows
+
+
+def _budget_rows(trunks: Sequence[Trunk]) -> list[list[str]]:
     rows = [["size", "tokens", "per N", "steps", "leaves at", "warm-up", "batch", "lr", "FLOPs", "no head"]]
-    for t in reversed(first.values()):
+    for t in trunks:
         for b in t.budgets:
             tokens = b.steps * t.batch
             rows.append([
                 t.size, format_count(tokens), f"{tokens / t.params:.3g}", f"{b.steps:,}",
-                "trunk" if b is t.budgets[-1] else f"{b.leaves:,}", str(t.warmup), f"{format_count(t.batch)}",
+                "trunk" if b is t.budgets[-1] else f"{b.leaves:,}", str(t.warmup), format_count(t.batch),
                 f"{t.lr / t.factor:.3g}", f"{tokens * flops_per_token(t.shape):.3g}",
                 f"{tokens * flops_per_token(t.shape, head=False):.3g}",
             ])  # fmt: skip
-    lines += ["", *_columns(rows)]
-    every = cells(plan.trunks)
-    flops = sum(c.steps * c.trunk.batch * flops_per_token(c.trunk.shape) for c in every)
-    seeds, factors = ({getattr(t, k) for t in plan.trunks} for k in ("seed", "factor"))
-    lines += [f"lr of {t.activation} {t.size}: {t.lr / t.factor:.3g}" for t in one if t.lr != first[t.size].lr]
-    swept = f" x {len(factors)} rates ({', '.join(f'{f:g}x' for f in sorted(factors))})" if len(factors) > 1 else ""
-    lines += ["", f"{len(every)} cells: {len(one)} of activation and size x {len(seeds)} seeds{swept} x budgets; "
-              f"{len(plan.trunks)} trunks, {len(every) - len(plan.trunks)} cooldowns, {flops:.3g} FLOPs"]  # fmt: skip
-    return "\n".join(lines + ["", *KEY])
+    return rows
 
 
 def _total(shape: Shape) -> int:

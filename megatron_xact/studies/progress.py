@@ -77,13 +77,15 @@ class Display:
 
     def _work(self) -> float:
         """Done of the runs that have not failed."""
-        share = {"finished": lambda t: 1.0, "failed": lambda t: 0.0}
-        partly = lambda t: t.run.done / t.run.steps  # noqa: E731
-        return sum(_whole(t) * share.get(t.state, partly)(t) for t in self.tasks)
+        return sum(_done(t) for t in self.tasks if t.state != "failed")
 
 
 def _whole(task: Task) -> float:
     return task.run.work * task.run.steps
+
+
+def _done(task: Task) -> float:
+    return _whole(task) if task.state == "finished" else task.run.work * task.run.done
 
 
 def row(run: Run, width: int) -> str:

@@ -23,8 +23,10 @@ from megatron_xact.studies.bars import bar
 from megatron_xact.studies.compare import Comparison
 from megatron_xact.studies.fit import Fit, fit
 from megatron_xact.studies.law import MULTIPLIER
+from megatron_xact.studies.outside import Values
 from megatron_xact.studies.page import Section, page
 from megatron_xact.studies.table import Run, Table, csv_text, describe, format_count, write_text
+from megatron_xact.whole import partial
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,18 @@ def find(table: Table, baseline: str | None, flops: list[float], *, bootstraps: 
     return Findings(table, baseline, fits, compared, refused, flops)
 
 
-def write(found: Findings, out: Path, root: Path, shape: run_plots.Shape | None = None) -> None:
+def write(found: Findings, out: Path, root: Path, values_of: Values | None = None) -> None:
     """The folder `out`, replacing a report that is there. root: where the table's run folders start from.
 
-    shape: values of an activation; where None, learned shapes are not drawn.
+    values_of: an activation; where None, learned functions are not drawn.
     """
     if out.exists() and not (out / "results.json").exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not a report; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = partial(out)
     try:
         tables = _write_numbers(found, fresh, root, out)
-        pictures = _draw(found, fresh, root, shape)
+        pictures = _draw(found, fresh, root, values_of)
         write_text(fresh / "index.html", page(*_contents(found, pictures), tables))
         if out.exists():
             old = out.with_name(f".{out.name}.old")
@@ -122,7 +123,7 @@ def _write_numbers(found: Findings, folder: Path, root: Path, out: Path) -> list
     return listed
 
 
-def _draw(found: Findings, folder: Path, root: Path, shape: run_plots.Shape | None) -> dict[str, str]:
+def _draw(found: Findings, folder: Path, root: Path, values_of: Values | None) -> dict[str, str]:
     """The pictures there are, by name -> path within the folder."""
     at = folder / "plots"
     law_plots.losses(found.table, found.fits, at / "losses.png")
@@ -138,11 +139,11 @@ def _draw(found: Findings, folder: Path, root: Path, shape: run_plots.Shape | No
     if compared := [c for c, _ in found.comparisons]:
         comparison_plots.multipliers(compared, at / "multipliers.png")
         comparison_plots.pairs(compared, at / "pairs.png")
-    _draw_run_folders(found.table, at, root, shape)
+    _draw_run_folders(found.table, at, root, values_of)
     return {path.stem: f"plots/{path.name}" for path in sorted(at.glob("*.png"))}
 
 
-def _draw_run_folders(table: Table, at: Path, root: Path, shape: run_plots.Shape | None) -> None:
+def _draw_run_folders(table: Table, at: Path, root: Path, values_of: Values | None) -> None:
     recorded = [(r, c) for r in table.runs if (c := curves.read(r, root))]
     if any(len(c.tokens) for _, c in recorded):
         run_plots.training_curves([(r, c) for r, c in recorded if len(c.tokens)], at / "training_curves.png")
@@ -156,8 +157,8 @@ def _draw_run_folders(table: Table, at: Path, root: Path, shape: run_plots.Shape
     for r, _ in longest.values():
         if (c := curves.read(r, root)) and c.alphas:
             run_plots.alphas_over_time(r, c, at / f"alphas_over_time_{_file(r.activation)}.png")
-    if shape is not None:
-        run_plots.shapes([longest[name] for name in sorted(longest)], shape, at / "shapes.png")
+    if values_of is not None:
+        run_plots.shapes([longest[name] for name in sorted(longest)], values_of, at / "shapes.png")
 
 
 def _file(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from megatron_xact.studies import figures
 from megatron_xact.studies.curves import Curves
 from megatron_xact.studies.law import Array
+from megatron_xact.studies.outside import Values
 from megatron_xact.studies.table import Run
 
 
@@ -64,18 +65,15 @@ def alphas_over_time(run: Run, found: Curves, path: Path) -> None:
             ax.legend(title="layer", fontsize=7, title_fontsize=8, ncols=1 + len(layers) // 9)
 
 
-Shape = Callable[[str, dict[str, float], Array], Array]  # (activation, effective parameters, x) -> f(x)
-
-
-def shapes(found: Sequence[tuple[Run, dict[str, Array]]], shape: Shape, path: Path) -> None:
+def shapes(found: Sequence[tuple[Run, dict[str, Array]]], values_of: Values, path: Path) -> None:
     """Learned functions by layer of one run per activation, beside the function it started as."""
     x = np.linspace(-4, 4, 321)
     with figures.figure(path, 1, len(found), size=(4.6, 3.8)) as axes:
-        for ax, (run, values) in zip(axes[0], found, strict=True):
-            count = len(next(iter(values.values())))
+        for ax, (run, learned) in zip(axes[0], found, strict=True):
+            count = len(next(iter(learned.values())))
             for layer, colour in figures.shades([str(i + 1) for i in range(count)]).items():
-                at = {name: float(v[int(layer) - 1]) for name, v in values.items()}
-                ax.plot(x, shape(run.activation, at, x), lw=1.1, color=colour, label=layer)
-            ax.plot(x, shape(run.activation, {}, x), "k--", lw=1, label="start")
+                at = {name: float(v[int(layer) - 1]) for name, v in learned.items()}
+                ax.plot(x, values_of(run.activation, at, x), lw=1.1, color=colour, label=layer)
+            ax.plot(x, values_of(run.activation, {}, x), "k--", lw=1, label="start")
             ax.set(xlabel="x", ylabel="f(x)", title=f"{run.activation} {run.size}")
             ax.legend(title="layer", fontsize=7, title_fontsize=8, ncols=1 + count // 9)

@@ -61,11 +61,11 @@ class Task:
 def run(plan: Plan, folder: Path, jobs: int = 1, processes: int | None = None, retries: int = 2,
         pretrain: Sequence[str] = PRETRAIN) -> int:  # fmt: skip
     """`train` for every cell of a planned study."""
-    tasks = [Task(run_of(cell, folder)) for cell in cells(plan.trunks)]
-    trunks = {cell.trunk.name: t for cell, t in zip(cells(plan.trunks), tasks, strict=True) if not cell.is_branch}
-    for cell, task in zip(cells(plan.trunks), tasks, strict=True):
-        if cell.is_branch:
-            task.after = trunks[cell.trunk.name]
+    tasks: list[Task] = []
+    trunks: dict[str, Task] = {}
+    for cell in cells(plan.trunks):  # trunks first
+        tasks.append(Task(run_of(cell, folder), after=trunks.get(cell.trunk.name)))
+        trunks.setdefault(cell.trunk.name, tasks[-1])
     return train(tasks, folder, jobs, processes, retries, pretrain)
 
 
@@ -84,10 +84,10 @@ def train(tasks: Sequence[Task], folder: Path, jobs: int = 1, processes: int | N
 
 
 def environment(jobs: int, processes: int) -> dict[str, str]:
-    """For a run: the cores shared out, and this package to be found wherever it lies."""
+    """For a run: the cores that we may use shared out, and this package to be found wherever it lies."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
     return {"OMP_NUM_THREADS": str(threads)} | os.environ | {"PYTHONPATH": path}
 
 

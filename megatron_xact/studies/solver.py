@@ -58,7 +58,7 @@ def minimise(
 
     if len(chunks) == 1:
         return solve(chunks[0])
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:  # numpy lets go of the GIL
         parts = pool.map(solve, chunks)
         found = list(bar(parts, shown, len(chunks)) if shown else parts)
     fields = ("phi", "objective", "gradient", "decrement")
@@ -104,7 +104,8 @@ def _newton(g: Array, H: Array, damping: Array) -> tuple[Array, Array]:
     """A damped step with |H| (so that it goes down where the curvature is negative), of at most 2 per component."""
     eigenvalues, vectors = np.linalg.eigh(H)
     eigenvalues = np.abs(eigenvalues)
-    eigenvalues = np.maximum(eigenvalues, 1e-13 * eigenvalues.max(1, keepdims=True))
+    least = np.maximum(1e-13 * eigenvalues.max(1, keepdims=True), np.finfo(float).tiny)  # H = 0 where all underflows
+    eigenvalues = np.maximum(eigenvalues, least)
     along = np.einsum("bpk,bp->bk", vectors, g)
     step = -np.einsum("bpk,bk->bp", vectors, along / (eigenvalues + damping[:, None]))
     step /= np.maximum(1.0, np.abs(step).max(1) / 2.0)[:, None]

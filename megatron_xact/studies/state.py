@@ -72,11 +72,21 @@ class Run:
 def run_of(cell: Cell, study: Path) -> Run:
     leaf = f"+{cell.budget.steps}" if cell.is_branch else ""
     return Run(
-        name=cell.name, folder=study / cell.folder, words=tuple(words(cell, study)),
+        name=cell.name, folder=study / cell.folder, words=_words(cell, study),
         log=study / "logs" / f"{cell.trunk.name}{leaf}.log", last=cell.budget.steps,
         first=cell.budget.leaves if cell.is_branch else 0,
         work=flops_per_token(cell.trunk.shape) * cell.trunk.batch,
     )  # fmt: skip
+
+
+def _words(cell: Cell, study: Path) -> tuple[str, ...]:
+    """Behind `xact pretrain`."""
+    trunk = str(study / "runs" / cell.trunk.name)
+    given = (str(study / "configs" / f"{cell.trunk.name}.toml"), "--quiet", "--load", trunk)
+    if not cell.is_branch:
+        return *given, "--save", trunk
+    return (*given, "--save", str(study / cell.folder), "--branch-from", str(cell.budget.leaves),
+            "--cooldown-steps", str(cell.budget.cooldown))  # fmt: skip
 
 
 def last_word(log: Path, speakers: tuple[str, ...] = ("xact: ",)) -> str:
@@ -102,6 +112,8 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another `xact study` is at work in {folder}") from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
@@ -131,14 +143,3 @@ def measured_speeds(study: Path) -> dict[tuple[str, str], float]:
 
 def is_finished(cell: Cell, study: Path) -> bool:
     return run_of(cell, study).is_finished
-
-
-def words(cell: Cell, study: Path) -> list[str]:
-    """Behind `xact pretrain`."""
-    save = str(study / "runs" / cell.trunk.name)
-    given = [str(study / "configs" / f"{cell.trunk.name}.toml"), "--quiet", "--load", save]
-    if cell.is_branch:
-        folder = str(study / cell.folder)
-        return [*given, "--save", folder, "--branch-from", str(cell.budget.leaves),
-                "--cooldown-steps", str(cell.budget.cooldown)]  # fmt: skip
-    return [*given, "--save", save]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xact.studies.law import Array
+from megatron_xact.whole import partial
 
 SAME_BUDGET = 0.01  # token budgets of one size within 1 % are one: runs end on whole steps
 
@@ -78,11 +79,12 @@ class Table:
         """Names of sizes, smallest first."""
         return list(dict.fromkeys(r.size for r in sorted(self.runs, key=lambda r: (r.params, r.size))))
 
-    def only(self, activation: str) -> Table:
-        """The runs of one activation; ValueError names those there are."""
-        if activation not in self.activations:
-            raise ValueError(f"{self.name} has no activation {activation!r}; it has {', '.join(self.activations)}")
-        return self.where(lambda r: r.activation == activation)
+    def only(self, *activations: str) -> Table:
+        """The runs of these activations; ValueError names those there are."""
+        for name in activations:
+            if name not in self.activations:
+                raise ValueError(f"{self.name} has no activation {name!r}; it has {', '.join(self.activations)}")
+        return self.where(lambda r: r.activation in activations)
 
     def where(self, keep: Callable[[Run], bool]) -> Table:
         chosen = object.__new__(Table)
@@ -119,9 +121,9 @@ def csv_text(rows: Sequence[Sequence[object]]) -> str:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    growing = partial(path)
+    growing.write_text(text, encoding="utf-8")
+    os.replace(growing, path)
 
 
 def format_count(count: float) -> str:
@@ -151,12 +153,12 @@ def describe(table: Table) -> str:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def lines_of(runs: Sequence[Run], shown: int = 4) -> str:
+def lines_of(runs: Sequence[Run]) -> str:
     """'line 3, line 7 and 2 more', in the order of the file."""
     runs = sorted(runs, key=lambda r: (r.line.rstrip("0123456789"), len(r.line), r.line))
     names = [r.line or f"{r.activation} {r.size} {r.tokens:.4g} tokens seed {r.seed}" for r in runs]
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _check(runs: list[Run], name: str) -> None:

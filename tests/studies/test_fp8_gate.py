@@ -11,7 +11,7 @@ import pytest
 from small_plans import stand_in, started
 from warm import warm
 
-from megatron_xact import cli
+from megatron_xact import cli, study_command
 from megatron_xact.studies import fp8_gate, gate
 from megatron_xact.studies.outside import Asked, Outside
 
@@ -132,6 +132,8 @@ def test_a_large_gap_fails_and_names_the_planted_layers(tmp_path, capsys):
     assert f"layer 5: x{growth:.3g} (BF16: x{2 ** (1 - 50 / 950):.3g})" in lines
     for word in ("smooth = true", "first-last-layers-bf16", "fp8.enabled=false"):
         assert word in text
+    lost = gate.Layer(1, error=1.0, flushed=0.999, growth=1.0, error_bf16=0.0, growth_bf16=1.0)
+    assert fp8_gate.error_of(lost) == "layer 1: 100 %, 100 % flushed to zero"
 
 
 def test_an_interval_around_the_threshold_is_not_settled(tmp_path, capsys):
@@ -366,7 +368,7 @@ def test_a_pair_that_trains(tmp_path, tmp_path_factory, capsys):
     """Each run by the words that the gate gives it, in a process that has imported all; then the gate itself."""
     (tmp_path / "tiny.toml").write_text(CONFIG.format(root=ROOT))
     out, sets = tmp_path / "pair", ["xact.mlp=fp8"]
-    outside = Outside(None, None, None, cli._asked_for)
+    outside = Outside(None, None, None, study_command.asked_for)
     found = fp8_gate.asked_for(tmp_path / "tiny.toml", sets, outside)
     assert (found.steps, found.log_interval, found.statistics_interval, found.save_interval) == (24, 1, 1, 24)
     pair = fp8_gate.pair_of(found, out)

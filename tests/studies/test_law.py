@@ -91,6 +91,12 @@ def test_projected_starts_and_the_classical_grid_agree(table, form):
     assert (found < found.min() * (1 + 1e-6)).all()  # and every projected start gets there
 
 
+def test_a_point_that_nothing_depends_on_stays_where_it_is():
+    """All terms underflow there, on some CPUs to 0."""
+    step, gain = solver._newton(np.zeros((1, 4)), np.zeros((1, 4, 4)), np.ones(1))
+    assert not step.any() and not gain.any()
+
+
 def test_order_and_units_do_not_matter():
     table = gadre("rpj")
     N, D, L = (table.array(c) for c in ("params", "tokens", "loss"))

@@ -1,5 +1,6 @@
 """`xact study run` with real processes that train nothing, its job arrays, `collect`, and one study that trains."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -134,9 +135,19 @@ def test_interrupted_runs_save_and_the_same_command_goes_on(tmp_path, number):
     assert len(started(tmp_path)) == 6
 
 
+def test_a_folder_where_nothing_can_be_locked_is_taken_all_the_same(tmp_path, monkeypatch):
+    """As on Lustre mounted without flock."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run(plan(tmp_path, **ONE), tmp_path, jobs=2) == 0
+
+
 def test_threads_are_shared_out(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))  # a job's, of more
     assert running.environment(2, 2)["OMP_NUM_THREADS"] == "2"
     assert running.environment(16, 1)["OMP_NUM_THREADS"] == "1"
 

@@ -170,7 +170,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_clear_line(name, tmp_path, capsys):
     cells, words, said = BAD[name]
-    step, *more = words.replace("OUT", str(tmp_path / "out")).split()
+    step, *more = [str(tmp_path / "out") if word == "OUT" else word for word in words.split()]
     assert cli.main(["study", step, str(written(tmp_path / "runs.csv", cells)), *more]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("xact: error: ")

@@ -34,12 +34,6 @@ def correctness(context: Context, data: Entries) -> str:
     return "; ".join(told)
 
 
-def speed(context: Context, data: Entries) -> str:
-    """Forward and backward of the MLP, ours and TE's activations with as many parameters, in bf16 and each recipe."""
-    _needs_te(context)
-    return _times(context, data)
-
-
 def _needs_te(context: Context) -> None:
     if not context.on_gpu:
         raise Skip("TransformerEngine computes on GPUs only; tests/te covers its Python layer")
@@ -56,10 +50,11 @@ def _sizes(context: Context) -> tuple[int, int, int]:
     return (256, 256, 512) if context.quick else (2048, 1024, 3072)  # tokens, hidden, ffn
 
 
-def _weights(context: Context, record: Activation, hidden: int, ffn: int, dtype=torch.bfloat16):
+def _weights(context: Context, record: Activation, hidden: int, ffn: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fc1's weight and bias, fc2's weight, in bf16."""
     width = ffn * (1 + record.gated)
     w1, w2 = context.randn(width, hidden, seed=1) / hidden**0.5, context.randn(hidden, ffn, seed=2) / ffn**0.5
-    return w1.to(dtype), context.randn(width, seed=3).to(dtype), w2.to(dtype)
+    return w1.bfloat16(), context.randn(width, seed=3).bfloat16(), w2.bfloat16()
 
 
 def _mlp(context: Context, record: Activation, hidden: int, ffn: int, bias: bool, **options):
@@ -294,13 +289,14 @@ def _rms(ours: Tensor, true: Tensor) -> float:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def _times(context: Context, data: Entries) -> str:
-    tokens, hidden, ffn = (512, 256, 768) if context.quick else (TOKENS, HIDDEN, FFN)
+def speed(context: Context, data: Entries) -> str:
+    """Forward and backward of the MLP, ours and TE's activations with as many parameters, in bf16 and each recipe."""
+    _needs_te(context)
+    sizes = (512, 256, 768) if context.quick else (TOKENS, HIDDEN, FFN)
     data["absent"] = absent = {}
     data["seconds"] = seconds = {}
     for recipe_name, recipe in ({"bf16": None} | _recipes()).items():
-        calls = {f"{recipe_name} {label}": step for label, step in
-                 _contenders(context, data, tokens, hidden, ffn, recipe)}  # fmt: skip
+        calls = {f"{recipe_name} {label}": step for label, step in _contenders(context, data, *sizes, recipe)}
         for name, times in timing.in_turns(context, calls, REPEATS, absent).items():
             seconds[name] = times
             print(f"{name:44}{statistics.median(times) * 1e3:9.3f} ms", flush=True)
@@ -314,7 +310,10 @@ def _times(context: Context, data: Entries) -> str:
     return "MLP forward + backward, xielu: " + ", ".join(told)
 
 
-def _contenders(context, data, tokens, hidden, ffn, recipe) -> Iterator[tuple[str, Callable[[], object]]]:
+def _contenders(
+    context: Context, data: Entries, tokens: int, hidden: int, ffn: int, recipe
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(label, a step of it); recipe: of TE's FP8, None: bf16."""
     import transformer_engine.pytorch.ops as ops
     from transformer_engine.pytorch.quantization import autocast
 
