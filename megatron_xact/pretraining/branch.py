@@ -29,21 +29,19 @@ def branch_of(config: RunConfig, words: list[str], sets: list[str], step: int, s
     """
     if config.branch.trunk:
         raise ValueError(f"{config.source} is itself a branch of {config.branch.trunk}: branch from that run")
-    given = arguments.read_tokens(list(words))
+    given = arguments.read_tokens(words)
     where = given.get("load") or config.megatron.get("save") or config.megatron.get("load")
     if where is None:
         raise ValueError("branch-from: which run? its config has neither save nor load; name its folder with --load")
     trunk = Path(where).resolve()
     folder = Path(given["save"]) if "save" in given else Path(where) / "branches" / f"step-{step}+{steps}"
     whole = config.with_overrides(words, sets)
-    schedule = _refuse_schedule(arguments.parse(whole.arguments()), step, steps)
+    schedule = _schedule(arguments.parse(whole.arguments()), step, steps)
     megatron = {key: value for key, value in whole.megatron.items() if key not in _OF_THE_TRUNK}
     if "tensorboard-dir" not in given:
         megatron.pop("tensorboard-dir", None)  # the trunk's: its curves are not to be continued there
     megatron |= {"save": str(folder), "load": str(folder)} | schedule
-    branch = replace(
-        whole, megatron=megatron, branch=BranchConfig(str(trunk), step, whole.megatron["train-iters"])
-    )
+    branch = replace(whole, megatron=megatron, branch=BranchConfig(str(trunk), step, whole.megatron["train-iters"]))
     if not _is_begun(folder, branch):
         if folder.resolve() == trunk:
             raise ValueError(f"save = {str(folder)!r} is the trunk's own folder; a branch needs another one")
@@ -51,8 +49,8 @@ def branch_of(config: RunConfig, words: list[str], sets: list[str], step: int, s
     return branch
 
 
-def _refuse_schedule(args: Namespace, step: int, steps: int) -> dict[str, int]:
-    """The branch's own schedule, or ValueError: the trunk's has no constant phase at this step to leave."""
+def _schedule(args: Namespace, step: int, steps: int) -> dict[str, int]:
+    """The branch's, from the trunk's arguments. ValueError: the trunk has no constant phase at this step to leave."""
     if args.lr_decay_style != "WSD":
         raise ValueError(
             f"branch-from needs lr-decay-style = 'WSD', whose constant phase can be left at any step; this run has "

@@ -43,7 +43,7 @@ def activate() -> None:
     """Make this process able to run `megatron.training` on the CPU. Idempotent; RuntimeError where CUDA is present."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU platform is for machines without a GPU, and torch sees one here")
-    if getattr(torch.cuda, "_xact_cpu_platform", False):
+    if is_active():
         return
     torch.cuda._xact_cpu_platform = True
     # First of all: dynamo reads its tables of torch.cuda functions once, on the first torch.compile decorator.

@@ -1,6 +1,6 @@
 """Writing a file that people or later runs rely on, and saying why one could not be read or written.
 
-Imports nothing: the launchers' side uses it too.
+Imports the standard library only: the launchers, which must be ready before torch is, use it too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WORDS = {
 
 
 def why_not(error: BaseException) -> str:
-    """In one line; of what the system refuses, the file and the way out in words instead of "[Errno 2]"."""
+    """The error in one line; of a system's error, the file and the way out in words instead of "[Errno 2]"."""
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
         return " ".join(str(error).split()) or type(error).__name__
     file = None if error.filename is None or isinstance(error.filename, int) else os.fsdecode(error.filename)

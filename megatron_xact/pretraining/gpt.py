@@ -135,6 +135,10 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
     return datasets
 
 
+# Every rank calls the provider: the builder decides from `consumed_here` who opens files.
+datasets_provider.is_distributed = True
+
+
 def _validated_until(args: Namespace) -> int:
     """The validation samples that a run with these settings has used when it comes to this step.
 
@@ -143,10 +147,6 @@ def _validated_until(args: Namespace) -> int:
     """
     evaluations = args.iteration // args.eval_interval - (args.start_eval_at_iter or 0) // args.eval_interval
     return max(0, evaluations) * args.eval_iters * args.eval_global_batch_size
-
-
-# Every rank calls the provider: the builder decides from `consumed_here` who opens files.
-datasets_provider.is_distributed = True
 
 
 def datasets_of(steps: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -23,15 +24,15 @@ def prepare(config: RunConfig) -> dict[str, Value]:
     if not torch.cuda.is_available():
         cpu_platform.activate()
     mends.apply()
-    arguments = missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=present("transformer_engine"))
+    has_gpu = not cpu_platform.is_active()
+    arguments = missing_arguments(has_gpu, has_te=present("transformer_engine"))
     for key, value in arguments.items():
         if key in config.megatron and config.megatron[key] != value:
             _refuse(config, key, value)
     arguments |= _for_async_saves(config)
     if config.xact.engine == "deepspeed":
         # Its parameters have no main_grad, into which Megatron's fused kernel and TransformerEngine's modules add.
-        arguments |= missing_arguments(has_gpu=not cpu_platform.is_active(), has_te=False)
-        arguments["no-gradient-accumulation-fusion"] = True
+        arguments |= missing_arguments(has_gpu, has_te=False) | {"no-gradient-accumulation-fusion": True}
     return {key: value for key, value in arguments.items() if key not in config.megatron}
 
 
@@ -68,10 +69,7 @@ def default_processes(config: RunConfig) -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     sizes = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
-    processes = 1
-    for name in sizes:
-        processes *= config.megatron.get(name, 1)
-    return processes
+    return math.prod(config.megatron.get(name, 1) for name in sizes)
 
 
 def _refuse(config: RunConfig, key: str, value: Value) -> None:

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def draw(one: Report, folder: Path) -> list[Path]:
-    """Every picture there is something to see in; returns their paths."""
+    """Every picture that the report has something for; returns their paths."""
     return [_save(figure, folder / f"{name}.png") for name, figure in _figures(one)]
 
 

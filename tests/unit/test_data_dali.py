@@ -16,6 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_xact.pretraining import config
+from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.data import dali
 from megatron_xact.pretraining.data.preprocess import prepare
 
@@ -100,8 +101,9 @@ def test_ranks_without_data_get_none(installed, dataset: BlendedDataset, monkeyp
     monkeypatch.setattr(dali.mpu, "get_data_parallel_rank", lambda: 1)
     monkeypatch.setattr(dali.mpu, "get_data_parallel_world_size", lambda: 2)
     args = Namespace(
-        micro_batch_size=BATCH, num_workers=0, consumed_train_samples=24, consumed_valid_samples=6, skip_train=False
-    )
+        micro_batch_size=BATCH, eval_micro_batch_size=BATCH, num_workers=0, consumed_train_samples=24,
+        consumed_valid_samples=6, skip_train=False,
+    )  # fmt: skip
     train, validation, test = dali.loaders([dataset, dataset, None], args)
     assert test is None
     assert_equal(list(train), expected(dataset, 24, 1, 2))
@@ -124,4 +126,4 @@ def test_the_config_key() -> None:
     with pytest.raises(ValueError, match="loader = 'tensorflow' .*: expected 'megatron' or 'dali'"):
         plain.with_overrides(sets=["xact.loader=tensorflow"])
     with pytest.raises(ValueError, match=r'loader = "dali" in \[xact\] does not go with full-validation = True'):
-        chosen.with_overrides(["--full-validation"])
+        validate(chosen.with_overrides(["--full-validation", "--mock-data"]), 2)

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "megatron_xact"
 
-# Room -> the rooms it may import. What is not listed (cli, doctor, __main__) is on top and may import all.
+# Room -> the rooms it may import. What is not listed (cli, study_command, doctor) is on top and may import all.
 ROOMS = {
     "activations": set(),
     "kernels": {"activations"},

@@ -237,6 +237,14 @@ def test_the_nearest_changes_least(capsys):
     assert "or the config as it is on --nodes 4" in plan(capsys, BIG, "--nodes", "3")[2]
 
 
+def test_the_nearest_keeps_a_batch_that_follows_from_the_layout():
+    config = load(BIG)
+    config = replace(config, megatron={key: v for key, v in config.megatron.items() if key != "global-batch-size"})
+    asked = job.describe(config)
+    near = search.nearest(config, asked, 8, 8, GPUS["a100-40gb"])
+    assert near == {"tensor_model_parallel_size": 2, "global_batch_size": 2 * 8}  # 2 sequences on each of 8 GPUs
+
+
 def test_a_batch_that_no_layout_of_these_gpus_divides_is_answered_with_one_that_it_does(capsys):
     words = ["--nodes", "3", "--gpus-per-node", "7"]
     said = plan(capsys, BIG, *words)[2]
@@ -272,6 +280,16 @@ def test_the_vocabulary_is_padded_as_megatron_pads_it():
         words = f"--vocab-size 1100 --tensor-model-parallel-size {tensor_parallel}"
         run = job.describe(without_vocabulary().with_overrides(words.split()))
         assert job.with_layout(without_vocabulary(), run, 8, 8).shape.vocab == rows
+
+
+def test_virtual_stages_need_a_multiple_of_the_stages_in_micro_batches():
+    words = shlex.split("--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3")
+    config = load(BIG).with_overrides(words)
+    assert job.read(config, 64, 8).layout.virtual == 3
+    default = {key: value for key, value in config.megatron.items() if key != "global-batch-size"}  # one micro-batch
+    for asked in (replace(config, megatron=default), config.with_overrides(["--global-batch-size", "96"])):
+        with pytest.raises(ValueError, match="virtual pipeline stages need a number of micro-batches, here [13], that"):
+            job.read(asked, 64, 8)
 
 
 def test_a_vocabulary_that_nobody_states_is_asked_for(capsys, tmp_path, monkeypatch):

@@ -13,5 +13,5 @@ from megatron_xact.pretraining.platform import missing_arguments
 def test_weight_gradients_are_accumulated_by_a_kernel_only_where_megatrons_own_linear_has_one(has_te):
     """Such a linear is the output layer beside TransformerEngine's layers, too; without apex it raises."""
     added = missing_arguments(has_gpu=True, has_te=has_te)
-    words = [word for key, value in added.items() for word in arguments.find(key)[0].tokens(value)]
-    assert arguments.parse(words).gradient_accumulation_fusion == layers._grad_accum_fusion_available
+    args = arguments.parse(arguments.command_line(added))
+    assert args.gradient_accumulation_fusion == layers._grad_accum_fusion_available

@@ -3,6 +3,7 @@
 Weights and splits are Megatron's own (`train-data-path = ["0.7", "a", "0.3", "b"]`); this only does its arithmetic.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, of a data-path that all three share
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset of a split's blend. `share` is of the tokens read; `epochs` how often its tokens are read."""
+    """One dataset of a split's blend."""
 
     prefix: Path
-    share: float
-    tokens: int  # there are, in this split
-    read: float
+    share: float  # of the tokens that the run reads of this split
+    tokens: int  # that the dataset has for this split
+    read: float  # tokens that the run reads, counted again in every epoch
 
     @property
     def epochs(self) -> float:
@@ -35,7 +36,7 @@ class Split:
     name: str
     samples: int  # sequences that the run reads
     parts: list[Part]
-    missing: int  # sequences that a blend without weights, which is read once, lacks
+    missing: int  # sequences that the run would read, but a blend without weights, which is read once, does not have
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan(path: str) -> Plan:
     )
 
 
-def _samples(args, batch: int) -> tuple[int, int, int]:
+def _samples(args: Namespace, batch: int) -> tuple[int, int, int]:
     """Sequences of the three splits, as Megatron counts them."""
     train = args.train_samples or (args.train_iters or 0) * batch
     evaluations = train // batch // args.eval_interval + 1 if args.eval_interval else 0

@@ -28,7 +28,7 @@ def loaders(datasets: Sequence[Dataset | None], args: Namespace) -> list[DaliLoa
     ImportError: no DALI here.
     """
     _dali()
-    train, evaluation = args.micro_batch_size, getattr(args, "eval_micro_batch_size", args.micro_batch_size)
+    train, evaluation = args.micro_batch_size, args.eval_micro_batch_size
     consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     return [

@@ -51,67 +51,17 @@ def prepare(
     there is enough to do; the result is the same for any number. `fresh` builds even where nothing changed. Raises
     ValueError, in one line, for what the user can put right.
     """
+    _check_numbers(validation_fraction, max_bytes, max_tokens, num_workers)
     out = Path(out).expanduser()
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"the number of workers, {num_workers}, must be at least 1")
     given = None if tokenizer is None else bpe.locate(tokenizer)
-    opened, settings = _settings(
-        out, source, vocab_size, given, validation_fraction, text_key, max_bytes, max_tokens, seed, append_eod
-    )
-    if not fresh:
-        ready = _reusable(out, settings)
-        if ready is not None:
-            return ready
-    with building.opened(out) as folder:
-        state = _resumed(folder, out, settings, fresh)
-        if state is None:
-            building.clear(folder)
-            if opened.num_bytes is None and max_bytes is None and max_tokens is None:
-                print(f"data: all of {source} is read; --max-tokens and --max-bytes limit it", flush=True)
-            state = State(settings)
-            _make_tokenizer(folder, opened, given, settings)
-            building.save(folder, state)
-        if not building.is_whole(folder):
-            workers_used = num_workers or _default_workers(opened, max_bytes)
-            try:
-                encoding.encode(folder, opened, state, workers_used)
-            except KeyboardInterrupt:
-                print("data: stopped; the same command goes on from where it was", file=sys.stderr, flush=True)
-                raise
-            _check_split(state, opened.name)
-            _manifest(folder, opened, state, workers_used).write(folder)
-        building.move_into_place(folder, out)
-    return manifest.load(out)
-
-
-def _settings(
-    out: Path,
-    source: str,
-    vocab_size: int,
-    tokenizer: Path | None,
-    validation_fraction: float,
-    text_key: str,
-    max_bytes: int | None,
-    max_tokens: int | None,
-    seed: int,
-    append_eod: bool,
-) -> tuple[corpus.Source, dict[str, object]]:
-    """The opened source, and all that decides the tokens: two runs with equal settings give equal data."""
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"validation fraction {validation_fraction} must lie between 0 and 1, such as 0.05")
-    for limit, what in ((max_bytes, "bytes of text"), (max_tokens, "tokens")):
-        if limit is not None and limit <= 0:
-            raise ValueError(f"the limit of {limit} {what} must be positive")
-    brought = None
-    if tokenizer is None:
+    if given is None:
         bpe.check_vocab_size(vocab_size)
-    else:
-        brought = bpe.sha256_of(bpe.json_of(tokenizer))
+    brought = None if given is None else bpe.sha256_of(bpe.json_of(given))
     opened = corpus.open_source(source, text_key=text_key, seed=seed, exclude=out)
-    settings: dict[str, object] = {
+    settings: dict[str, object] = {  # all that decides the tokens: equal settings give equal data
         "source": opened.name,
         "source_state": opened.fingerprint,
-        "vocab_size": vocab_size if brought is None else None,
+        "vocab_size": vocab_size if given is None else None,
         "tokenizer": brought,
         "validation_fraction": validation_fraction,
         "text_key": text_key,
@@ -120,7 +70,26 @@ def _settings(
         "seed": seed,
         "append_eod": append_eod,
     }
-    return opened, settings
+    if not fresh and (ready := _reusable(out, settings)) is not None:
+        return ready
+    with building.opened(out) as folder:
+        state = _resumed(folder, out, settings, fresh) or _begun(folder, opened, given, settings)
+        if not building.is_whole(folder):
+            _encode(folder, opened, state, num_workers or _default_workers(opened, max_bytes))
+        building.move_into_place(folder, out)
+    return manifest.load(out)
+
+
+def _check_numbers(
+    validation_fraction: float, max_bytes: int | None, max_tokens: int | None, num_workers: int | None
+) -> None:
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"the number of workers, {num_workers}, must be at least 1")
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"validation fraction {validation_fraction} must lie between 0 and 1, such as 0.05")
+    for limit, what in ((max_bytes, "bytes of text"), (max_tokens, "tokens")):
+        if limit is not None and limit <= 0:
+            raise ValueError(f"the limit of {limit} {what} must be positive")
 
 
 def _default_workers(source: corpus.Source, max_bytes: int | None) -> int:
@@ -165,6 +134,28 @@ def _resumed(folder: Path, out: Path, settings: dict[str, object], fresh: bool) 
                     "choose another folder, or replace it with --fresh"
                 )
     return state
+
+
+def _begun(folder: Path, source: corpus.Source, given: Path | None, settings: dict[str, object]) -> State:
+    """The first state of a build, whose folder holds the tokenizer and a journal."""
+    building.clear(folder)
+    if source.num_bytes is None and settings["max_bytes"] is None and settings["max_tokens"] is None:
+        print(f"data: all of {source.name} is read; --max-tokens and --max-bytes limit it", flush=True)
+    _make_tokenizer(folder, source, given, settings)
+    state = State(settings)
+    building.save(folder, state)
+    return state
+
+
+def _encode(folder: Path, source: corpus.Source, state: State, num_workers: int) -> None:
+    """Both splits' files and the manifest in `folder`, from `state` on."""
+    try:
+        encoding.encode(folder, source, state, num_workers)
+    except KeyboardInterrupt:
+        print("data: stopped; the same command goes on from where it was", file=sys.stderr, flush=True)
+        raise
+    _check_split(state, source.name)
+    _manifest(folder, source, state, num_workers).write(folder)
 
 
 def _changes(before: dict[str, object], now: dict[str, object]) -> str:

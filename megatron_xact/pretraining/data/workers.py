@@ -7,11 +7,11 @@ end when this process does, however it does; and no more chunks are under way th
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Encoding:
     text_key: str
     seed: int
 
-    def open(self):
+    def open(self) -> Callable[[list[Record]], list[Document | str]]:
         """A function: records -> for each a Document, or the reason why it is left out."""
         encoder = bpe.load(self.tokenizer)
         dtype = indexed.dtype_for(encoder.vocab_size)
@@ -163,7 +163,7 @@ class _Workers:
         except (EOFError, OSError):
             self._ended(connection)
 
-    def _ended(self, connection: Connection) -> None:
+    def _ended(self, connection: Connection) -> NoReturn:
         process = self.processes[connection]
         process.join()
         raise ChildProcessError(

@@ -45,18 +45,15 @@ def _recomputed_share(job: Job) -> float:
     args, shape, s = job.args, job.shape, job.shape.sequence
     total = flops_per_token(shape)
     layers = flops_per_token(shape, head=False) / 3
-    granularity = "selective" if args.recompute_activations else args.recompute_granularity
-    if granularity == "full":
+    if job.recomputes_layers:
         stage = max(job.layout.stages)
         share = min(args.recompute_num_layers or 1, stage) / stage if args.recompute_method == "block" else 1
         return share * layers / total
     again = 0
-    if granularity == "selective":
-        modules = args.recompute_modules or ["core_attn"]
-        if "core_attn" in modules:
-            again += 2 * shape.layers * shape.query * s
-        if "mlp" in modules:
-            again += 2 * shape.layers * shape.hidden * (shape.fc1 + shape.ffn)
+    if "core_attn" in job.recomputed_modules:
+        again += 2 * shape.layers * shape.query * s
+    if "mlp" in job.recomputed_modules:
+        again += 2 * shape.layers * shape.hidden * (shape.fc1 + shape.ffn)
     return again / total
 
 
@@ -77,7 +74,7 @@ class Traffic:
 def traffic(job: Job, gpu: Gpu) -> list[Traffic]:
     """Of every kind that this layout has. Groups reach over servers as Megatron places them: tp, cp, dp, then pp."""
     shape, layout, args = job.shape, job.layout, job.args
-    w = 2 if job.sixteen_bit else 4
+    w = job.width
     found: list[Traffic] = []
 
     def add(name: str, what: str, size: float, members_span: int) -> None:

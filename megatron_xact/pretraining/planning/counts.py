@@ -37,13 +37,17 @@ class Shape:
         return self.head_dim or self.hidden // self.heads
 
     @property
+    def key_value_heads(self) -> int:
+        return self.groups or self.heads
+
+    @property
     def query(self) -> int:
         return self.heads * self.head_size
 
     @property
     def key_value(self) -> int:
         """Width of the keys, and of the values."""
-        return (self.groups or self.heads) * self.head_size
+        return self.key_value_heads * self.head_size
 
     @property
     def fc1(self) -> int:

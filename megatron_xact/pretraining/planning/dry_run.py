@@ -11,19 +11,16 @@ import contextlib
 import io
 import os
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-import torch.utils._device
 
 from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.planning import counts
 from megatron_xact.pretraining.planning.job import Job
-
-# The factories that `with torch.device(...)` redirects, listed before the CPU platform puts wrappers in their place.
-torch.utils._device._device_constructors()
 
 
 @dataclass(frozen=True)
@@ -48,21 +45,20 @@ def of_rank(job: Job, rank: int) -> Built:
     """Builds and measures. ValueError: no such rank, or what Megatron refuses; the process groups are gone again."""
     if not 0 <= rank < job.layout.gpus:
         raise ValueError(f"--rank {rank} does not exist among {job.layout.gpus:,} GPUs: they are counted from 0")
-    args = _validated(job, rank)
-    with _process_groups(args, job):
+    args = validated(job, rank)
+    with process_groups(args):
         return _built(job, rank, args)
 
 
-def _validated(job: Job, rank: int):
+def validated(job: Job, rank: int) -> Namespace:
     """Megatron's arguments, filled in by its own validation as on `rank`. ValueError: what it asserts."""
     from megatron_xact.pretraining import cpu_platform, platform
 
     if not torch.cuda.is_available():
         cpu_platform.activate()  # the validation asks for the GPU's generation
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's demand, which it only means for GPUs
-    local = platform.missing_arguments(has_gpu=False, has_te=False)
-    words = [word for key, value in local.items() for word in arguments.find(key)[0].tokens(value)]
-    args = arguments.parse([*job.config.arguments(), *words, "--fake-process-group"])
+    local = arguments.command_line(platform.missing_arguments(has_gpu=False, has_te=False))
+    args = arguments.parse([*job.config.arguments(), *local, "--fake-process-group"])
     args.rank, args.world_size, args.local_rank = rank, job.layout.gpus, 0
     args.padded_vocab_size = job.shape.vocab
     arguments.fill_in(args)
@@ -70,7 +66,8 @@ def _validated(job: Job, rank: int):
 
 
 @contextlib.contextmanager
-def _process_groups(args, job: Job) -> Iterator[None]:
+def process_groups(args: Namespace) -> Iterator[None]:
+    """All of a run's, as rank `args.rank` has them, while inside."""
     from megatron.core import mpu
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -92,7 +89,7 @@ def _process_groups(args, job: Job) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def _built(job: Job, rank: int, args) -> Built:
+def _built(job: Job, rank: int, args: Namespace) -> Built:
     from megatron.core import mpu
 
     chunks = build(job, args)
@@ -115,7 +112,7 @@ def _built(job: Job, rank: int, args) -> Built:
     )
 
 
-def build(job: Job, args, device: str = "meta") -> list[torch.nn.Module]:
+def build(job: Job, args: Namespace, device: str = "meta") -> list[torch.nn.Module]:
     """This rank's GPTModel, one per virtual stage. `args`: validated; the process groups exist."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args

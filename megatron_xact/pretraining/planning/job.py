@@ -7,7 +7,7 @@ are those of `checks`, which `xact pretrain` applies too, and the few that only 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xact.pretraining import arguments, checks
@@ -44,7 +44,7 @@ class Layout:
     context: int
     stages: tuple[int, ...]  # layers of each pipeline rank
     virtual: int  # model chunks per pipeline rank; 1: plain 1F1B
-    group: int  # micro-batches that a chunk runs in a row, if there are several
+    group: int  # micro-batches that a model chunk runs in a row where there are virtual stages
     sequence_parallel: bool
     micro_batch: int
     batch: int
@@ -99,6 +99,28 @@ class Job:
     def sixteen_bit(self) -> bool:
         return self.args.bf16 or self.args.fp16
 
+    @property
+    def width(self) -> int:
+        """Bytes of one number among weights and activations."""
+        return 2 if self.sixteen_bit else 4
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Over how many GPUs the optimizer's states are split."""
+        if not self.args.use_distributed_optimizer:
+            return 1
+        return max(1, self.layout.replicas // self.args.num_distributed_optimizer_instances)
+
+    @property
+    def recomputes_layers(self) -> bool:
+        return not self.args.recompute_activations and self.args.recompute_granularity == "full"
+
+    @property
+    def recomputed_modules(self) -> list[str]:
+        """What backward computes again of every layer, where it is not whole layers."""
+        selective = self.args.recompute_activations or self.args.recompute_granularity == "selective"
+        return (self.args.recompute_modules or ["core_attn"]) if selective else []  # Megatron's default
+
 
 def read(config: RunConfig, gpus: int, gpus_per_node: int) -> Job:
     """`config` on `gpus` GPUs. ValueError, in one line: what it lacks, or what does not divide."""
@@ -118,7 +140,7 @@ def describe(config: RunConfig) -> Namespace:
     for name, words in NOT_PLANNED.items():
         if getattr(args, name) not in (None, False, 0):
             raise ValueError(f"{words} ({name.replace('_', '-')}) is not planned here: the numbers would be wrong")
-    if args.optimizer not in ("adam", "sgd"):
+    if args.optimizer not in checks.ADAM_OR_SGD:
         raise ValueError(f"optimizer = {args.optimizer!r} is not planned here: adam and sgd are")
     _padded_vocabulary(args)  # not known: no layout helps
     return args
@@ -193,10 +215,8 @@ def _layout(args: Namespace, gpus: int, gpus_per_node: int) -> Layout:
         group=args.microbatch_group_size_per_vp_stage or pipeline,
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         micro_batch=args.micro_batch_size,
-        batch=args.global_batch_size or 0,
+        batch=args.global_batch_size or args.micro_batch_size * (gpus // checks.ranks_per_replica(args)),
     )
-    if layout.batch == 0:
-        return replace(layout, batch=layout.micro_batch * layout.data)  # Megatron's default
     if layout.virtual > 1 and layout.micro_batches % pipeline:
         raise ValueError(
             f"virtual pipeline stages need a number of micro-batches, here {layout.micro_batches}, that "

@@ -14,7 +14,7 @@ def reasons(job: Job) -> list[str]:
         copy = f"{t} x {p} x {c} = {t * p * c} rank(s) of a model copy"
         lines.append(f"{copy} divide {layout.gpus:,} GPUs: {d:,} data-parallel")
     if t > 1:
-        groups = shape.groups or shape.heads
+        groups = shape.key_value_heads
         kv = f"{groups // t}" if groups >= t else f"1, shared by {t // groups} ranks,"
         lines += [
             f"tensor {t} divides {shape.heads} heads ({shape.heads // t} each), {groups} key-value heads ({kv} each), "

@@ -62,11 +62,11 @@ def of_stage(job: Job, stage: int) -> Memory:
     count = stage_parameters(shape, layout.tensor, layout.stages[stage], first=first, last=last)
     n = sum(count.values())
     activations, ends, passing = of_pass(job, stage)
-    optimizer = n * optimizer_bytes(args) / _shards(job)
+    optimizer = n * optimizer_bytes(args) / job.optimizer_shards
     if args.optimizer == "adam" and args.transformer_impl == "local":
         # torch's AdamW makes the square roots of all second moments at once, when no activation is alive any more.
-        passing = max(passing, 4 * n / _shards(job) - activations - ends)
-    return Memory(stage, n * _width(job), n * gradient_bytes(args), optimizer, activations, ends, passing)
+        passing = max(passing, 4 * n / job.optimizer_shards - activations - ends)
+    return Memory(stage, n * job.width, n * gradient_bytes(args), optimizer, activations, ends, passing)
 
 
 def of_pass(job: Job, stage: int) -> tuple[float, float, float]:
@@ -100,16 +100,6 @@ def optimizer_bytes(args: Namespace) -> int:
     return master + fp32_gradient + (8 if adam else 4)
 
 
-def _shards(job: Job) -> int:
-    if not job.args.use_distributed_optimizer:
-        return 1
-    return max(1, job.layout.replicas // job.args.num_distributed_optimizer_instances)
-
-
-def _width(job: Job) -> int:
-    return 2 if job.sixteen_bit else 4
-
-
 # -- what forward keeps -----------------------------------------------------------------------------------------------
 
 
@@ -120,7 +110,7 @@ def _tokens(job: Job) -> float:
 def _narrow(job: Job) -> float:
     """Bytes of one [s, b, h] between layers, where sequence parallelism splits it."""
     split = job.layout.tensor if job.layout.sequence_parallel else 1
-    return _tokens(job) * job.shape.hidden * _width(job) / split
+    return _tokens(job) * job.shape.hidden * job.width / split
 
 
 def layer_activations(job: Job, norm: float | None = None) -> dict[str, float]:
@@ -129,7 +119,7 @@ def layer_activations(job: Job, norm: float | None = None) -> dict[str, float]:
     norm: bytes per number that a norm keeps of its input; None: the input itself, as fused norms on GPUs do (torch's
     RMSNorm on a CPU keeps two fp32 tensors instead).
     """
-    shape, t, w, tokens = job.shape, job.layout.tensor, _width(job), _tokens(job)
+    shape, t, w, tokens = job.shape, job.layout.tensor, job.width, _tokens(job)
     narrow, statistics = _narrow(job), 8 if shape.norm_bias else 4
     split = t if job.layout.sequence_parallel else 1
     norms = 2 * (narrow if norm is None else narrow / w * norm) + 2 * tokens / split * statistics
@@ -160,8 +150,7 @@ def layer_activations(job: Job, norm: float | None = None) -> dict[str, float]:
 def _recomputed(job: Job, kept: dict[str, float], layers: int) -> tuple[float, float]:
     """(bytes that a stage's layers keep of one micro-batch, what backward makes again at a time)."""
     args, everything = job.args, sum(kept.values())
-    granularity = "selective" if args.recompute_activations else args.recompute_granularity
-    if granularity == "full":
+    if job.recomputes_layers:
         chunk = args.recompute_num_layers or 1
         stored = _narrow(job) / (job.layout.tensor if args.distribute_saved_activations else 1)
         if args.recompute_method == "block":  # the first `chunk` layers, one by one, once the others' are gone
@@ -169,21 +158,19 @@ def _recomputed(job: Job, kept: dict[str, float], layers: int) -> tuple[float, f
             return again * stored + (layers - again) * everything, everything if again == layers else 0.0
         return -(-layers // chunk) * stored, min(chunk, layers) * everything
     dropped = 0.0
-    if granularity == "selective":
-        modules = args.recompute_modules or ["core_attn"]
-        if "core_attn" in modules:
-            dropped += _tokens(job) / job.layout.tensor * 4 * job.shape.heads
-        if "mlp" in modules:
-            dropped += kept["pre-activation"] + kept["post-activation"]
-        if "layernorm" in modules:
-            dropped += kept["inputs"]
+    if "core_attn" in job.recomputed_modules:
+        dropped += _tokens(job) / job.layout.tensor * 4 * job.shape.heads
+    if "mlp" in job.recomputed_modules:
+        dropped += kept["pre-activation"] + kept["post-activation"]
+    if "layernorm" in job.recomputed_modules:
+        dropped += kept["inputs"]
     return layers * (everything - dropped), dropped
 
 
 def head_activations(job: Job, norm: float | None = None) -> float:
     """The final norm, its result as the head's input, and the loss's own small tensors."""
     narrow = _narrow(job)
-    return narrow + (narrow if norm is None else narrow / _width(job) * norm) + 16 * _tokens(job)
+    return narrow + (narrow if norm is None else narrow / job.width * norm) + 16 * _tokens(job)
 
 
 def batch_bytes(job: Job) -> float:
@@ -201,7 +188,7 @@ def logits_bytes(job: Job) -> float:
 
     Or, where that is more: the gradient of the logits with that of the head's weights.
     """
-    w, v = _width(job), job.shape.vocab / job.layout.tensor
+    w, v = job.width, job.shape.vocab / job.layout.tensor
     loss = _tokens(job) * v * (4 + (w if job.sixteen_bit else 0))
     return max(loss, _tokens(job) * v * w + job.shape.hidden * v * w + _narrow(job))
 
@@ -212,7 +199,7 @@ def layer_workspace(job: Job) -> float:
     And the gradient of a weight, which is a tensor of its own unless a kernel adds it in place. What forward kept for a
     step is gone once the step is done.
     """
-    shape, t, w = job.shape, job.layout.tensor, _width(job)
+    shape, t, w = job.shape, job.layout.tensor, job.width
     y, pre, h = _tokens(job) * shape.ffn / t * w, _tokens(job) * shape.fc1 / t * w, shape.hidden
     own = 0 if job.args.transformer_impl == "transformer_engine" else w
     fc2 = y + h * shape.ffn / t * own

@@ -107,11 +107,10 @@ def _model(plan: Plan) -> str:
     job, shape = plan.job, plan.job.shape
     count = counts.parameters(shape)
     total = sum(count.values())
-    groups = shape.groups or shape.heads
-    heads = f"{shape.heads} heads" + (f" ({groups} key-value)" if groups != shape.heads else "")
+    key_value = f" ({shape.key_value_heads} key-value)" if shape.key_value_heads != shape.heads else ""
     lines = [
         f"model       {short(total)} parameters: {shape.layers} layer{'s' * (shape.layers > 1)} of {shape.hidden:,}, "
-        f"{heads} of {shape.head_size}, ffn {shape.ffn:,}{' gated' if shape.gated else ''}, "
+        f"{shape.heads} heads{key_value} of {shape.head_size}, ffn {shape.ffn:,}{' gated' if shape.gated else ''}, "
         f"{job.config.activation.name}, vocabulary {shape.vocab:,}, sequence {shape.sequence:,}"
     ]
     for group, number in count.items():
@@ -158,7 +157,7 @@ def _layout(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     need, job = plan.memory, plan.job
-    shards = job.layout.replicas if job.args.use_distributed_optimizer else 1
+    shards = job.optimizer_shards
     flight = job.layout.in_flight(need.stage)
     said = {
         "weights": "",

@@ -2,7 +2,7 @@
 
 Searched are tensor, pipeline and context parallelism, the micro-batch and recomputation; the global batch stays. (Where
 none of these helps, another batch that would is named apart.) Near means few and small changes, the cheapest in speed
-first: the weights of `_distance` are a judgement, not a measurement.
+first: the distances below are a judgement, not a measurement.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from argparse import Namespace
 from collections.abc import Iterator
 from itertools import product
 
+from megatron_xact.pretraining import checks
 from megatron_xact.pretraining.config import RunConfig
 from megatron_xact.pretraining.planning import memory
 from megatron_xact.pretraining.planning.hardware import Gpu
 from megatron_xact.pretraining.planning.job import Job, with_layout
 
-RECOMPUTE = {
-    "as it is": {},
-    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-_STEP = {"micro_batch_size": 1.0, "tensor_model_parallel_size": 2.0, "context_parallel_size": 4.0}
-_STEP["pipeline_model_parallel_size"] = 3.0
-_RECOMPUTE = {"as it is": 0.0, "mlp": 2.5, "full": 5.0}
+# How far away a factor of 2 in one of Megatron's variables is,
+_DISTANCE = {"micro_batch_size": 1.0, "tensor_model_parallel_size": 2.0, "pipeline_model_parallel_size": 3.0,
+             "context_parallel_size": 4.0}  # fmt: skip
+# and recomputation: as the config has it, of the MLPs, of everything.
+_RECOMPUTATION = (
+    (0.0, {}),
+    (2.5, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    (5.0, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+)
 
 
 def fitting(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> Job:
@@ -73,9 +75,10 @@ def _candidates(args: Namespace, gpus: int, gpus_per_node: int) -> Iterator[tupl
     tensors = sorted({args.tensor_model_parallel_size, *(t for t in powers if t <= gpus_per_node)})
     pipelines = [p for p in range(1, args.num_layers + 3) if gpus % p == 0]
     contexts = sorted({args.context_parallel_size, *(c for c in powers if c <= 16)})
-    batch = args.global_batch_size or args.micro_batch_size
+    # Where the config leaves it to Megatron, it follows from the layout asked for, and another would change it.
+    batch = args.global_batch_size or args.micro_batch_size * max(1, gpus // checks.ranks_per_replica(args))
     micros = sorted({m for m in range(1, 2 * args.micro_batch_size + 1) if batch % m == 0})
-    for t, p, c, m, kind in product(tensors, pipelines, contexts, micros, RECOMPUTE):
+    for t, p, c, m, (distance, recomputation) in product(tensors, pipelines, contexts, micros, _RECOMPUTATION):
         if gpus % (t * p * c) or batch % (m * (gpus // (t * p * c))):
             continue
         changes = {
@@ -84,15 +87,10 @@ def _candidates(args: Namespace, gpus: int, gpus_per_node: int) -> Iterator[tupl
             "context_parallel_size": c,
             "micro_batch_size": m,
         }
-        distance = _RECOMPUTE[kind] + sum(_distance(n, getattr(args, n), v) for n, v in changes.items())
+        distance += sum(_DISTANCE[name] * abs(math.log2(v / getattr(args, name))) for name, v in changes.items())
         if t > 1:
             changes["sequence_parallel"] = True
-        yield distance, changes | RECOMPUTE[kind]
-
-
-def _distance(name: str, was: int, now: int) -> float:
-    steps = abs(math.log2(now / was))
-    return _STEP[name] * steps
+        yield distance, changes | recomputation | {"global_batch_size": batch}
 
 
 def _way_out(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> str:
@@ -107,10 +105,7 @@ def _way_out(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, 
 
 def nearest_batch(config: RunConfig, args: Namespace, gpus: int, gpus_per_node: int, gpu: Gpu) -> int | None:
     """The global batch, nearest to the one asked for, with which the layout asked for works; None: none does."""
-    ranks_of_a_replica = (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
-    at_once = args.micro_batch_size * (gpus // ranks_of_a_replica)
+    at_once = args.micro_batch_size * (gpus // checks.ranks_per_replica(args))
     if not at_once:
         return None
     batch = max(1, round((args.global_batch_size or at_once) / at_once)) * at_once
