@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError
 
-from megatron_xact import cli
 from megatron_xact.pretraining import exits, failures, signals, status, supervisor
 from megatron_xact.pretraining.launchers import Launcher, Plan, adopt_slurm_rank
 from megatron_xact.pretraining.nodes import Nodes
@@ -109,17 +108,25 @@ def test_the_supervisor_and_a_rank_before_its_config_import_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_ranks_share_the_cores_that_are_theirs_to_use(tmp_path, monkeypatch):
+SIX_OF_64_CORES = """
+import os, sys
+from megatron_xact import cli
+from megatron_xact.pretraining import supervisor
+
+os.cpu_count = lambda: 64
+os.sched_getaffinity = lambda process: range(6)
+supervisor.replace_this_process = lambda *_: sys.exit(os.environ["OMP_NUM_THREADS"])
+cli.main(["pretrain", *sys.argv[1:]])
+"""
+
+
+def test_ranks_share_the_cores_that_are_theirs_to_use(tmp_path):
     """A container's or a job's cpuset, not all of the machine: threads on cores of others wait for one another."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
-    monkeypatch.setattr(supervisor, "replace_this_process", lambda *_: sys.exit(0))
-    with pytest.raises(SystemExit):
-        words = ["--mock-data", "--tokenizer-model", str(tmp_path), "--nproc-per-node", "2"]
-        cli.main(["pretrain", str(ROOT / "configs/quickstart.toml"), *words])
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK")}
+    words = ["configs/quickstart.toml", "--mock-data", "--tokenizer-model", str(tmp_path), "--nproc-per-node", "2"]
+    program = [sys.executable, "-c", SIX_OF_64_CORES, *words]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1:] == ["3"], done.stderr[-3000:]
 
 
 # Who failed
