@@ -117,9 +117,7 @@ def _torch() -> Iterator[Check]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)
-            detail = (
-                f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-            )
+            detail = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
             yield Check(f"GPU {i}" if i else "GPU", OK, detail)
     elif torch.version.cuda:
         yield Check(
@@ -128,9 +126,7 @@ def _torch() -> Iterator[Check]:
             f"torch is built for CUDA {torch.version.cuda} but sees no GPU (driver, nvidia-smi?)",
         )
     else:
-        yield Check(
-            "GPU", ABSENT, "torch is built without CUDA", "install a CUDA build of torch: pytorch.org"
-        )
+        yield Check("GPU", ABSENT, "torch is built without CUDA", "install a CUDA build of torch: pytorch.org")
 
 
 def _required() -> Iterator[Check]:
@@ -233,9 +229,7 @@ def _apex() -> Check:
             f"pip uninstall apex; {build}",
         )  # fmt: skip
     if not installed.present("amp_C"):
-        return Check(
-            "apex", WARNING, "NVIDIA's, but built without CUDA extensions (amp_C): FusedAdam fails", build
-        )
+        return Check("apex", WARNING, "NVIDIA's, but built without CUDA extensions (amp_C): FusedAdam fails", build)
     return Check("apex", OK, f"NVIDIA's, {installed.version('apex') or 'unknown version'}")
 
 
@@ -250,9 +244,7 @@ def _backends(status: dict[str, Check]) -> Iterator[Backend]:
         why = status["GPU"].detail if "GPU" in status else "no torch"
         yield Backend("device", "CPU platform, gloo", f"{why}; for development and small models")
     te, apex = status["transformer-engine"], status["apex"]
-    no_te = (
-        "TransformerEngine does not import" if te.status == WARNING else "TransformerEngine is not installed"
-    )
+    no_te = "TransformerEngine does not import" if te.status == WARNING else "TransformerEngine is not installed"
     if te.status == OK:
         yield Backend("layers", "TransformerEngine", f"transformer-engine {te.detail} is installed")
         yield Backend("optimizer", "TransformerEngine FusedAdam", "Megatron prefers it to apex and torch")
@@ -308,7 +300,5 @@ def _text(result: dict) -> str:
     lines += [f"  {b['what']:12}{b['choice']}  ({b['reason']})" for b in result["backends"]]
     lines += ["", "A GPU run lacks"] + [f"  {line}" for line in result["gpu_run_lacks"] or ["nothing"]]
     lines += ["", "Activations: " + ", ".join(result["activations"])]
-    verdict = (
-        "Training can run here." if result["can_train"] else "Training cannot run here: see MISSING above."
-    )
+    verdict = "Training can run here." if result["can_train"] else "Training cannot run here: see MISSING above."
     return "\n".join([*lines, "", verdict])

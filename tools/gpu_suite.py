@@ -104,6 +104,7 @@ def gpu_memory(device: str) -> float:
 
 def machine(device: str, commit: str | None) -> dict:
     """What the numbers depend on. commit, uncommitted: None where nobody knows."""
+
     def said_by(*command: str) -> str | None:
         try:
             return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()

@@ -169,17 +169,14 @@ class Activation:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{self.name}: {name} = {value!r} must be a finite number")
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not -1.0 <= eps <= 0.0:
-            raise ValueError(
-                f"{self.name}: eps = {eps!r} must be 0 (off) or a small negative number like -1e-6"
-            )
+            raise ValueError(f"{self.name}: eps = {eps!r} must be 0 (off) or a small negative number like -1e-6")
         if eps and self.clamped is None:
             raise ValueError(f"{self.name}: eps = {eps} has no meaning here; leave it out (xielu has one)")
         record = replace(
             self,
             eps=float(eps),
             parameters=tuple(
-                replace(q, init=float(init.get(q.name, q.init)), trainable=q.name in learned)
-                for q in self.parameters
+                replace(q, init=float(init.get(q.name, q.init)), trainable=q.name in learned) for q in self.parameters
             ),
         )
         for q in record.parameters:

@@ -161,9 +161,7 @@ def _prepare_harness(include_path: Path | None) -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"--tasks needs lm-evaluation-harness ({error.name} is missing): {extra('eval')}"
-        ) from None
+        raise ImportError(f"--tasks needs lm-evaluation-harness ({error.name} is missing): {extra('eval')}") from None
 
 
 def harness(

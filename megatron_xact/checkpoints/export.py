@@ -110,9 +110,7 @@ def export(
         (folder / "README.md").write_text(text, encoding="utf-8")
         safetensors_io.verify_checksums(folder, shards, checksums)
         verified = _verify(source.folder, folder, files.folder) if verify else "no (--no-verify)"
-    return Exported(
-        out, a, family(a).class_name, name, len(shards), total, time.monotonic() - started, verified
-    )
+    return Exported(out, a, family(a).class_name, name, len(shards), total, time.monotonic() - started, verified)
 
 
 def _exported(

@@ -126,9 +126,7 @@ def fused(way: linear.Way, o: Operands) -> list[Tensor]:
     saved, y_MF, _ = linear.forward(way.backend, o.activation, o.x_MH, o.w1_WH, o.p, o.bias_W, tile=way.forward)
     out_MH = y_MF @ o.w2_HF.T
     del y_MF  # as in training, where it is not kept unless it is what is saved
-    back = linear.backward(
-        way.backend, o.activation, o.dout_MH, o.w2_HF, saved, o.p, o.bias_W, tile=way.backward
-    )
+    back = linear.backward(way.backend, o.activation, o.dout_MH, o.w2_HF, saved, o.p, o.bias_W, tile=way.backward)
     dw2_HF = o.dout_MH.T @ back.y_MF
     biases = [] if o.bias_W is None else [back.bias]
     parameters = [value.reshape(1) for value in learned_of(o.activation, back.parameters)]

@@ -223,9 +223,7 @@ def backward(
     )
 
 
-def forward_amax(
-    activation: Activation, x: Tensor, p: Values, bias: Tensor | None, by_column: bool = False
-) -> Tensor:
+def forward_amax(activation: Activation, x: Tensor, p: Values, bias: Tensor | None, by_column: bool = False) -> Tensor:
     """As `fp8.forward_amax`."""
     x, num_rows, num_columns = _matrix(activation, x)
     if not by_column:

@@ -22,9 +22,7 @@ class ActivationMLP(MLP):
     is not used (Megatron has no slot for a function with state: its own accepts gelu, silu and relu only).
     """
 
-    def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs
-    ):
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, *args, activation: Activation, **kwargs):
         if config.gated_linear_unit != activation.gated:
             is_, flag = ("gated", "add") if activation.gated else ("not gated", "remove")
             raise ValueError(

@@ -139,8 +139,7 @@ def model(args: Namespace, num_query_groups_given: bool) -> None:
         raise ValueError(f"num-query-groups = {groups} has no effect without group-query-attention = true")
     if args.max_position_embeddings < args.seq_length:
         raise ValueError(
-            f"max-position-embeddings = {args.max_position_embeddings} must be at least "
-            f"seq-length = {args.seq_length}"
+            f"max-position-embeddings = {args.max_position_embeddings} must be at least seq-length = {args.seq_length}"
         )
 
 

@@ -1,17 +1,17 @@
 """Why an attempt failed: which rank, on which host, at which step, for what reason; one line and one JSON record.
 
-    kind       what happened                                                         what is done about it
-    killed     a rank ended without a word: kill -9, out of memory, its node lost;   on-failure
-               or a worker of its data loader did
-    hang       no step was completed within hang-timeout                             on-failure
-    network    a collective failed (mostly because another rank had failed), or a    on-failure
-               file system or host could not be reached
-    device     an error of the GPU or its driver                                     on-failure
-    node       a node's launcher is not heard of any more                            on-failure
-    launcher   srun or torchrun ended before any rank began                          stop: it would again
-    nan        the loss or a gradient is NaN or infinite                             on-nan
-    replicas   replicated parameters differ between tensor-parallel ranks            stop: they would again
-    error      any other exception: a bug, or no memory left                         stop: it would come again
+kind       what happened                                                         what is done about it
+killed     a rank ended without a word: kill -9, out of memory, its node lost;   on-failure
+           or a worker of its data loader did
+hang       no step was completed within hang-timeout                             on-failure
+network    a collective failed (mostly because another rank had failed), or a    on-failure
+           file system or host could not be reached
+device     an error of the GPU or its driver                                     on-failure
+node       a node's launcher is not heard of any more                            on-failure
+launcher   srun or torchrun ended before any rank began                          stop: it would again
+nan        the loss or a gradient is NaN or infinite                             on-nan
+replicas   replicated parameters differ between tensor-parallel ranks            stop: they would again
+error      any other exception: a bug, or no memory left                         stop: it would come again
 """
 
 from __future__ import annotations

@@ -50,9 +50,7 @@ def _batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, Te
     batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        batch = {
-            key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None for key in _BATCH
-        }
+        batch = {key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None for key in _BATCH}
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),

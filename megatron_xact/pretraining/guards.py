@@ -21,9 +21,7 @@ class ReplicaMismatch(RuntimeError):
 
 
 @torch.no_grad()
-def check_replicas(
-    model_chunks: list[torch.nn.Module], tp_group: torch.distributed.ProcessGroup, step: int
-) -> None:
+def check_replicas(model_chunks: list[torch.nn.Module], tp_group: torch.distributed.ProcessGroup, step: int) -> None:
     """Raise ReplicaMismatch, on every rank of the group, naming the first parameter that differs and its values.
 
     Compared are all parameters that Megatron does not shard over tensor-parallel ranks: activation parameters, norms,

@@ -244,9 +244,7 @@ def _refuse(reason: str, error: Exception, watchdog: Watchdog) -> NoReturn:
     raise ValueError(reason) from error
 
 
-def _diagnosis(
-    error: BaseException, args: argparse.Namespace, run_folder: Path | None
-) -> tuple[str, str, bool] | None:
+def _diagnosis(error: BaseException, args: argparse.Namespace, run_folder: Path | None) -> tuple[str, str, bool] | None:
     """(kind, reason, says) for `_fail`, of an error in training that one line explains; None: a traceback must."""
     from megatron.core import mpu
     from torch.distributed.checkpoint import CheckpointException

@@ -254,12 +254,19 @@ def _report(args: argparse.Namespace, outside: Outside | None) -> None:
 
 
 SUBCOMMANDS = {
-    "plan": Subcommand("a ladder of runs from a recipe: configs, cost, expected interval of the answer",
-                       commands.plan_arguments, commands.plan),
-    "run": Subcommand("train a planned study, here or under SLURM; again: what is left",
-                      commands.run_arguments, commands.run),
-    "fp8-gate": Subcommand("may a config be trained in FP8? a BF16/FP8 pair, its gap, the layers that suffer",
-                           commands.gate_arguments, commands.gate),
+    "plan": Subcommand(
+        "a ladder of runs from a recipe: configs, cost, expected interval of the answer",
+        commands.plan_arguments,
+        commands.plan,
+    ),
+    "run": Subcommand(
+        "train a planned study, here or under SLURM; again: what is left", commands.run_arguments, commands.run
+    ),
+    "fp8-gate": Subcommand(
+        "may a config be trained in FP8? a BF16/FP8 pair, its gap, the layers that suffer",
+        commands.gate_arguments,
+        commands.gate,
+    ),
     "collect": Subcommand("one checked table out of study folders or CSV files", _collect_arguments, _collect),
     "fit": Subcommand("the law L(N, D) of each activation, with intervals and diagnostics", _fit_arguments, _fit),
     "compare": Subcommand("compute multiplier of one activation over another, in pairs", _compare_arguments, _compare),

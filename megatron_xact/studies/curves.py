@@ -67,7 +67,7 @@ def records(path: Path) -> list[dict]:
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             try:
-                record = json.loads(line[max(0, line.rfind('{"step":')):])
+                record = json.loads(line[max(0, line.rfind('{"step":')) :])
             except ValueError:
                 continue
             while kept and kept[-1]["step"] >= record["step"]:

@@ -91,7 +91,7 @@ def asked_for(config: Path, sets: list[str], outside: Outside) -> Asked:
     asked = outside.asked(config, sets)
     if not asked.fp8:
         raise ValueError(
-            f"{config} asks for no FP8, so there is nothing to compare: set mlp = \"fp8\" in [xact] (--set "
+            f'{config} asks for no FP8, so there is nothing to compare: set mlp = "fp8" in [xact] (--set '
             "xact.mlp=fp8) or Megatron's fp8-format, and leave enabled in [fp8] at true"
         )
     if asked.steps is None:

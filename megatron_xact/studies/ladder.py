@@ -133,8 +133,12 @@ def build(recipe: Recipe, model_of: Callable[[str, Size], Model]) -> list[Trunk]
                     rate = f"-lr{factor:g}x" if len(recipe.sweep) > 1 else ""
                     trunks.append(
                         Trunk(
-                            name=f"{size}-{model.activation}-s{seed}{rate}", activation=model.activation, size=size,
-                            seed=seed, factor=factor, shape=shape,
+                            name=f"{size}-{model.activation}-s{seed}{rate}",
+                            activation=model.activation,
+                            size=size,
+                            seed=seed,
+                            factor=factor,
+                            shape=shape,
                             **common | {"lr": _digits(common["lr"] * own * factor)},
                         )  # fmt: skip
                     )

@@ -1,8 +1,8 @@
 """`xact study plan`: the folder of a study, from its recipe. What is written is only what decides the runs:
 
-    DIR/study.json         the recipe's outcome: every trunk, its budgets, and the config file that trains it
-    DIR/configs/NAME.toml  a run's config, e.g. 1M-xielu-s1.toml; `xact pretrain` takes it
-    DIR/runs/, DIR/logs/   what `xact study run` makes
+DIR/study.json         the recipe's outcome: every trunk, its budgets, and the config file that trains it
+DIR/configs/NAME.toml  a run's config, e.g. 1M-xielu-s1.toml; `xact pretrain` takes it
+DIR/runs/, DIR/logs/   what `xact study run` makes
 """
 
 from __future__ import annotations

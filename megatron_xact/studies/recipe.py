@@ -1,14 +1,14 @@
 """STUDY.toml: what is to be compared, on which ladder. Everything outside [study] is config of every run.
 
-    base = "../llama.toml"                     # inherited by every run, relative to this file
-    [study]
-    activations = ["swiglu", "xielu"]          # the first one is the baseline
-    seeds = [1, 2]
-    tokens-per-parameter = [5, 10, 20]         # or tokens = [...]
-    [study.sizes]
-    1M = {layers = 4, hidden = 128, heads = 4, ffn = 768}     # ffn of ungated activations, see ladder.py
-    [model]                                    # and other tables: any key of a run's config
-    seq-length = 256
+base = "../llama.toml"                     # inherited by every run, relative to this file
+[study]
+activations = ["swiglu", "xielu"]          # the first one is the baseline
+seeds = [1, 2]
+tokens-per-parameter = [5, 10, 20]         # or tokens = [...]
+[study.sizes]
+1M = {layers = 4, hidden = 128, heads = 4, ffn = 768}     # ffn of ungated activations, see ladder.py
+[model]                                    # and other tables: any key of a run's config
+seq-length = 256
 """
 
 from __future__ import annotations

@@ -191,8 +191,13 @@ def _comparisons(found: Findings, pictures: dict[str, str]) -> list[Section]:
                         "per parameter where it matters. At 1 (dashed) there is no difference."),
         ("pairs", "Loss of the other activation minus the baseline's, pair by pair, in thousandths of a nat."),
     ]  # fmt: skip
-    head = Section("What the activations are worth", "worth", answers=answers, text=[f"{MULTIPLIER}."],
-                   pictures=_shown(shown, pictures))
+    head = Section(
+        "What the activations are worth",
+        "worth",
+        answers=answers,
+        text=[f"{MULTIPLIER}."],
+        pictures=_shown(shown, pictures),
+    )
     return [head, *(
         Section(f"{c.other} against {c.baseline}", f"compare-{_file(c.other)}", level=3,
                 facts=words.of_comparison(c, tied)[1:]) for c, tied in found.comparisons

@@ -51,7 +51,7 @@ def alphas_over_depth(found: Sequence[tuple[Run, dict[str, Array]]], path: Path)
                 ax.set(xlabel="relative depth", ylabel=f"{name} (effective)", title=f"{activation}: {name}")
                 ax.set_xlim(0, 1)
                 ax.legend(fontsize=8)
-            for ax in row[len(names):]:
+            for ax in row[len(names) :]:
                 ax.set_axis_off()
 
 

@@ -60,8 +60,7 @@ RUNS = {
     "apertus tp2": (
         "apertus",
         2,
-        f"--qk-layernorm {GQA} {UNTIED} --use-rope-scaling --use-distributed-optimizer "
-        "--tensor-model-parallel-size 2",
+        f"--qk-layernorm {GQA} {UNTIED} --use-rope-scaling --use-distributed-optimizer --tensor-model-parallel-size 2",
     ),
     # tied, beta trained, pipeline parallel
     "apertus pp2": (

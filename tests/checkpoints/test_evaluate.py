@@ -57,9 +57,7 @@ def nats_one_by_one(model, tokens: torch.Tensor, length: int, stride: int) -> fl
 
 @pytest.fixture(scope="module")
 def measured(runs, tmp_path_factory) -> dict:
-    return in_process(
-        losses, runs["apertus tp2"], tmp_path_factory.mktemp("evaluate") / "export", runs.folder / "data"
-    )
+    return in_process(losses, runs["apertus tp2"], tmp_path_factory.mktemp("evaluate") / "export", runs.folder / "data")
 
 
 @pytest.mark.parametrize("stride", [LENGTH, 8])

@@ -1,6 +1,6 @@
 """`xact pretrain` with faults: on each rank, before each step's update, what XACT_TEST_FAULTS says, each thing once.
 
-    XACT_TEST_FAULTS="kill:5:1 stop:9:0 scancel:10:0"    what, after how many steps, on which rank
+XACT_TEST_FAULTS="kill:5:1 stop:9:0 scancel:10:0"    what, after how many steps, on which rank
 """
 
 from __future__ import annotations

@@ -162,9 +162,7 @@ class Cluster:
         return file.read_text(errors="replace") if file.exists() else ""
 
     def _call(self, *words: str, check: bool = True, **environment: str) -> str:
-        done = subprocess.run(
-            words, cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True
-        )
+        done = subprocess.run(words, cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True)
         assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 

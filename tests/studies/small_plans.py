@@ -45,7 +45,7 @@ def finish(folder: Path, step: int, loss: float | None = 3.0, **more) -> None:
 
 
 # Trains nothing: reads the words of `xact pretrain`, notes the start, and does what `behaviour` says of the run.
-STAND_IN = '''
+STAND_IN = """
 import json, signal, sys, time, tomllib
 from pathlib import Path
 
@@ -78,7 +78,7 @@ if todo:
     sys.exit(todo)
 (save / "progress.jsonl").write_text(json.dumps({"step": steps, "loss": 3.0}) + "\\n")
 (save / "report.json").write_text(json.dumps({"step": steps, "validation_loss": 3.0}))
-'''
+"""
 
 
 def stand_in(study: Path, behaviour: dict[str, list]) -> list[str]:

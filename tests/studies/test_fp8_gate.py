@@ -296,7 +296,7 @@ def test_diverged_jobs_are_not_submitted_again(tmp_path, jobs, capfd):
     planted(tmp_path, 0.0, steps=7)
     jobs.there("41 2 RUNNING None")
     restarted = {"kind": "nan", "reason": "not finite", "decision": "restart 1 of 3 from step 4"}
-    given_up = restarted | {"decision": "stopped (on-nan = \"stop\")"}
+    given_up = restarted | {"decision": 'stopped (on-nan = "stop")'}
     failures = tmp_path / "fp8/failures.jsonl"
     failures.write_text(json.dumps(restarted) + "\n")
     assert submitted(tmp_path) == 75 and "--array=1 " in jobs.submitted()[1]

@@ -34,6 +34,7 @@ def test_parameters_with_and_without_embeddings_are_told():
     layers = 2 * (4 * 32**2 + 2 * 32 * 96) + 5 * 32 + 4
     for tied, counts in ((True, (layers + 512 * 32, layers + 512 * 32, layers)),
                          (False, (layers + 512 * 32, layers + 2 * 512 * 32, layers))):  # fmt: skip
+
         def model(activation, size, tied=tied):
             found = model_of(activation, size)
             return replace(found, shape=replace(found.shape, tied=tied))

@@ -188,6 +188,7 @@ def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
 
 # -- job arrays -------------------------------------------------------------------------------------------------------
 
+
 def test_arrays_follow_their_trunks_and_shrink(tmp_path, jobs):
     folder = tmp_path / "study"
     study = plan(folder, **ONE | {"seeds": (1, 2), "tokens_per_parameter": (5, 10, 20)})  # 4 trunks, 8 cooldowns

@@ -101,9 +101,7 @@ def test_every_command_is_listed():
 
 
 def test_pretrain_keeps_megatrons_flags_in_order_and_takes_its_own():
-    words = (
-        "pretrain a.toml --bf16 --nproc-per-node 2 --train-iters 100 --set model.x=1 --data-path 0.3 a 0.7 b"
-    )
+    words = "pretrain a.toml --bf16 --nproc-per-node 2 --train-iters 100 --set model.x=1 --data-path 0.3 a 0.7 b"
     args = cli.parse([*words.split(), "--set", "model.y=2", "--print-args", "--lr", "-1"])
     assert (args.config, args.nproc_per_node, args.set, args.print_args) == (
         "a.toml",

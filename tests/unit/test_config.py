@@ -220,9 +220,7 @@ def test_missing_files_are_named(tmp_path):
 def test_base_merges_key_by_key_and_is_relative_to_its_file(tmp_path):
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "root.toml").write_text(TINY)
-    (tmp_path / "bases" / "mid.toml").write_text(
-        'base = "root.toml"\n[model]\nnum_layers = 3\nhidden-size = 128\n'
-    )
+    (tmp_path / "bases" / "mid.toml").write_text('base = "root.toml"\n[model]\nnum_layers = 3\nhidden-size = 128\n')
     text = 'base = "bases/mid.toml"\n[model]\nhidden-size = 256\n[activation]\nalpha_n = 0.9\n'
     text += "[xact]\nguard_interval = 5"
     config = write(tmp_path / "child.toml", text)
@@ -366,9 +364,7 @@ def test_validate_tells_the_first_problem(tiny, words, world_size, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "missing", ["num-layers", "seq-length", "micro-batch-size", "lr", "train-iters", "mock-data"]
-)
+@pytest.mark.parametrize("missing", ["num-layers", "seq-length", "micro-batch-size", "lr", "train-iters", "mock-data"])
 def test_validate_names_what_is_missing(tmp_path, missing):
     lines = [line for line in TINY.splitlines() if not line.startswith(missing)]
     word = {"train-iters": "neither is", "mock-data": "no data"}.get(missing, f"{missing} is missing")
@@ -513,7 +509,8 @@ def test_data_and_mock_data_replace_each_other(tmp_path):
     [
         (["--pipeline-model-parallel-size", "2"], [], "needs pipeline-model-parallel-size = 1, not 2"),
         (
-            ["--sequence-parallel", "--tensor-model-parallel-size", "2"], [],
+            ["--sequence-parallel", "--tensor-model-parallel-size", "2"],
+            [],
             "does not go with sequence-parallel = True at tensor sizes > 1",
         ),
         (["--fp16"], [], "does not go with fp16 = True"),

@@ -81,8 +81,7 @@ def documents_of(prefix: Path) -> list[tuple[int, ...]]:
     dataset = IndexedDataset(str(prefix))
     bounds = dataset.document_indices
     return [
-        tuple(np.concatenate(dataset[start:end]).tolist())
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        tuple(np.concatenate(dataset[start:end]).tolist()) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
     ]
 
 
@@ -170,9 +169,7 @@ def test_records_give_the_same_tokens_and_split(
     name: str, sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path
 ) -> None:
     key = "content" if name == "content.jsonl" else "text"
-    made = prepare(
-        tmp_path / "out", str(sources[name]), VOCAB_SIZE, validation_fraction=FRACTION, text_key=key
-    )
+    made = prepare(tmp_path / "out", str(sources[name]), VOCAB_SIZE, validation_fraction=FRACTION, text_key=key)
     assert made.tokenizer_sha256 == prepared.tokenizer_sha256
     for ours, theirs in (
         (made.train_prefix, prepared.train_prefix),
@@ -231,9 +228,7 @@ def test_hugging_face_dataset(sources: dict[str, Path], tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_its_extra(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, package, None
-    )  # how Python itself marks a module that cannot be imported
+    monkeypatch.setitem(sys.modules, package, None)  # how Python itself marks a module that cannot be imported
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     spec = {"datasets": "some-org/some-set", "pyarrow": str(tmp_path / "rows.parquet")}[package]
     with pytest.raises(
@@ -284,9 +279,7 @@ def test_unigram_perplexity(prepared: manifest.DataManifest) -> None:
     assert 1.0 < prepared.unigram_perplexity < prepared.vocab_size
 
 
-def test_reuse_and_rebuild(
-    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reuse_and_rebuild(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(sources["folder"], source)
 
@@ -455,9 +448,7 @@ def test_bad_calls(message: str, tmp_path: Path) -> None:
     call = {"out": "{tmp}/out", "source": "{tmp}/text.txt"} | BAD_CALLS[message]
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
-        prepare(
-            **{key: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for key, v in call.items()}
-        )
+        prepare(**{key: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for key, v in call.items()})
     assert "\n" not in str(caught.value)
     assert contents(tmp_path).keys() == before.keys()
 
@@ -511,25 +502,19 @@ def test_tokenizers_megatron_could_not_use(prepared: manifest.DataManifest, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_line_late_in_the_file_leaves_the_old_data(
-    prepared: manifest.DataManifest, tmp_path: Path
-) -> None:
+def test_a_bad_line_late_in_the_file_leaves_the_old_data(prepared: manifest.DataManifest, tmp_path: Path) -> None:
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
     good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     rows.write_text(good)
     prepare(out, str(rows), tokenizer=prepared.tokenizer)
     before = contents(out)
-    rows.write_text(
-        good * 10 + "{}\n"
-    )  # the tokenizer is given, so the documents before it have been encoded
+    rows.write_text(good * 10 + "{}\n")  # the tokenizer is given, so the documents before it have been encoded
     with pytest.raises(ValueError, match=rf"rows.jsonl:{10 * len(TEXTS) + 1}: no key 'text'"):
         prepare(out, str(rows), tokenizer=prepared.tokenizer)
     assert contents(out) == before
 
 
-def test_a_full_disk_costs_only_time(
-    sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path
-) -> None:
+def test_a_full_disk_costs_only_time(sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path) -> None:
     """The kernel's limit on file size stands in for the disk: the write fails in the same place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
@@ -553,9 +538,7 @@ def test_documents_without_eod(sources: dict[str, Path], prepared: manifest.Data
     assert found == Counter(ids[:-1] for ids in expected_documents(prepared.tokenizer, TEXTS))
 
 
-def test_a_tokenizer_by_its_hub_name(
-    sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path
-) -> None:
+def test_a_tokenizer_by_its_hub_name(sources: dict[str, Path], prepared: manifest.DataManifest, tmp_path: Path) -> None:
     """From the cache that downloads leave, without a network, in a process that reads these settings on import."""
     snapshot = tmp_path / "hub" / "models--some-org--some-tokenizer" / "snapshots" / "0123"
     shutil.copytree(prepared.tokenizer, snapshot)

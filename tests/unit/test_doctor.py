@@ -96,9 +96,7 @@ def test_text_report_says_what_would_be_used_and_what_is_missing():
 
 def test_pypis_unrelated_apex_is_recognised(tmp_path):
     """The package of that name on PyPI is an old web toolkit: a package without optimizers."""
-    fake = package(
-        tmp_path, {"apex/__init__.py": "raise RuntimeError('imported')", "apex/lib/__init__.py": ""}
-    )
+    fake = package(tmp_path, {"apex/__init__.py": "raise RuntimeError('imported')", "apex/lib/__init__.py": ""})
     _, checks, backends = report(fake)
     assert checks["apex"]["status"] == "warning"
     assert "PyPI's unrelated 'apex'" in checks["apex"]["detail"]
@@ -131,9 +129,7 @@ def test_nvidias_apex_without_its_cuda_extensions_is_a_warning(tmp_path):
 
 
 def test_a_transformer_engine_that_does_not_import_is_not_used(tmp_path):
-    broken = {
-        "transformer_engine/__init__.py": "raise OSError('libcuda.so.1: cannot open shared object file')"
-    }
+    broken = {"transformer_engine/__init__.py": "raise OSError('libcuda.so.1: cannot open shared object file')"}
     _, checks, backends = report(package(tmp_path, broken))
     assert checks["transformer-engine"]["status"] == "warning"
     assert "libcuda.so.1" in checks["transformer-engine"]["detail"]
@@ -142,9 +138,7 @@ def test_a_transformer_engine_that_does_not_import_is_not_used(tmp_path):
 
 def test_a_transformer_engine_that_imports_is_used(tmp_path):
     working = {"__init__.py": "", "pytorch/__init__.py": "", "pytorch/optimizers.py": ""}
-    _, checks, backends = report(
-        package(tmp_path, {f"transformer_engine/{k}": v for k, v in working.items()})
-    )
+    _, checks, backends = report(package(tmp_path, {f"transformer_engine/{k}": v for k, v in working.items()}))
     assert checks["transformer-engine"]["status"] == "ok"
     assert backends["layers"]["choice"] == "TransformerEngine"
     assert backends["optimizer"]["choice"] == "TransformerEngine FusedAdam"

@@ -192,8 +192,21 @@ def test_another_version_or_gpu_is_measured_anew(monkeypatch):
         lambda text: text.replace(": 0.5", ": null").replace(": 0.49", ": null"),  # all of triton's
         lambda text: text.replace('"quack": {', '"quick": {'),
     ],
-    ids=["empty", "cut", "list", "nan", "negative", "word", "no seconds", "other key", "no tiles", "other tile",
-         "negative tile", "no tile works", "tiles of another"],
+    ids=[
+        "empty",
+        "cut",
+        "list",
+        "nan",
+        "negative",
+        "word",
+        "no seconds",
+        "other key",
+        "no tiles",
+        "other tile",
+        "negative tile",
+        "no tile works",
+        "tiles of another",
+    ],
 )
 def test_a_spoilt_file_is_measured_anew_and_written_whole(cache, spoil):
     gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)

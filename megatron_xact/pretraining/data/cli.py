@@ -78,9 +78,7 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="use this tokenizer (a folder with tokenizer.json, the file, or a Hugging Face name) and train none",
     )
-    add(
-        "--max-bytes", type=_amount, metavar="N", help="take at most this much UTF-8 text, e.g. 500M (default: all)"
-    )
+    add("--max-bytes", type=_amount, metavar="N", help="take at most this much UTF-8 text, e.g. 500M (default: all)")
     add("--max-tokens", type=_amount, metavar="N", help="take at most this many tokens, e.g. 10G (default: all)")
     add(
         "--text-key",

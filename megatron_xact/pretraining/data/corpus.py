@@ -24,9 +24,7 @@ from megatron_xact.pretraining.data.readers import RECORD_SUFFIXES, TEXT_SUFFIXE
 
 STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 # Tests are two thirds of the whole and not always installed; `encodings` is 1.4 MB of much the same tables.
-STDLIB_SKIPPED = frozenset(
-    ["site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"]
-)
+STDLIB_SKIPPED = frozenset(["site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"])
 FILE_PIECE = 1 << 20  # bytes: a longer text file in a folder becomes several documents, to bound memory
 SINGLE_FILE_PIECE = 64 << 10  # bytes: one text file alone becomes many documents, so that it can be split
 
@@ -80,9 +78,7 @@ def open_source(spec: str, *, text_key: str = "text", seed: int = 0, exclude: Pa
 def _check_kind(file: Path) -> None:
     known = RECORD_SUFFIXES + TEXT_SUFFIXES
     if not file.name.endswith(known):
-        raise ValueError(
-            f"{file}: unknown kind of file; known are {' '.join(known)}, or a folder of text files"
-        )
+        raise ValueError(f"{file}: unknown kind of file; known are {' '.join(known)}, or a folder of text files")
 
 
 def _matching(pattern: Path, text_key: str, seed: int) -> Source:

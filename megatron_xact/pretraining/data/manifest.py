@@ -69,8 +69,7 @@ class DataManifest:
 
     def summary(self) -> str:
         splits = "\n".join(
-            f"  {name:10} {info.documents:,} documents, {info.bytes / 1e6:.2f} MB, "
-            f"{info.tokens:,} tokens  {prefix}"
+            f"  {name:10} {info.documents:,} documents, {info.bytes / 1e6:.2f} MB, {info.tokens:,} tokens  {prefix}"
             for name, info, prefix in (
                 ("train", self.train, self.train_prefix),
                 ("validation", self.validation, self.validation_prefix),

@@ -88,9 +88,7 @@ def parameters(shape: Shape) -> dict[str, int]:
     return stage_parameters(shape, 1, shape.layers, first=True, last=True)
 
 
-def stage_parameters(
-    shape: Shape, tensor_parallel: int, layers: int, *, first: bool, last: bool
-) -> dict[str, int]:
+def stage_parameters(shape: Shape, tensor_parallel: int, layers: int, *, first: bool, last: bool) -> dict[str, int]:
     """On one rank of a pipeline stage with this many layers, by group.
 
     first, last: whether the stage holds the embedding and the head. A last stage that is not the first holds a copy

@@ -193,9 +193,7 @@ def _traffic(plan: Plan) -> str:
         return "network     none: one GPU"
     lines = ["network     sent per GPU and step; seconds if nothing hid it behind computation"]
     for part in plan.traffic:
-        lines.append(
-            f"  {part.name:<12}{part.bytes / 1e9:>13.2f} GB{part.seconds:>9.3f} s  {part.link}: {part.what}"
-        )
+        lines.append(f"  {part.name:<12}{part.bytes / 1e9:>13.2f} GB{part.seconds:>9.3f} s  {part.link}: {part.what}")
     return "\n".join(lines)
 
 
