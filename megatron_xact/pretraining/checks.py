@@ -164,8 +164,7 @@ def parallel(args: Namespace, world_size: int) -> None:
         args.pipeline_model_parallel_layout,
     )
     if all(setting is None for setting in uneven):
-        # Embedding and loss count as a layer each where the config says so.
-        extra = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        extra = _layers_beside(args)
         counted = " (with embedding and loss)" if extra else ""
         _divides(pp, "pipeline-model-parallel-size", args.num_layers + extra, f"num-layers{counted}")
 
@@ -181,6 +180,40 @@ def parallel(args: Namespace, world_size: int) -> None:
             f"global-batch-size = {batch} must be a multiple of micro-batch-size x data-parallel size = "
             f"{micro} x {dp} = {micro * dp}"
         )
+    if num_virtual_stages(args) > 1 and args.step_batch_size_schedule is None:
+        _virtual_stages(args, 1 if batch is None else batch // (micro * dp))
+
+
+def num_virtual_stages(args: Namespace) -> int:
+    """Model chunks of a pipeline rank, as Megatron counts them. ValueError: its layers cannot be cut into these."""
+    pipeline = args.pipeline_model_parallel_size
+    if args.pipeline_model_parallel_layout is not None:
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        return PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // pipeline
+    if per_chunk := args.num_layers_per_virtual_pipeline_stage:
+        per_stage = (args.num_layers + _layers_beside(args)) // pipeline
+        _divides(per_chunk, "num-layers-per-virtual-pipeline-stage", per_stage, "layers of a pipeline stage")
+        return per_stage // per_chunk
+    return args.num_virtual_stages_per_pipeline_rank or 1
+
+
+def _virtual_stages(args: Namespace, micro_batches: int) -> None:
+    """What Megatron's interleaved schedule raises at the first step (0.19.2, core/pipeline_parallel/schedules.py)."""
+    pipeline = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or pipeline
+    if not pipeline <= group <= micro_batches or 0 < micro_batches % group < pipeline:
+        raise ValueError(
+            f"virtual pipeline stages run a step's micro-batches, here {micro_batches}, in groups of {group} "
+            "(microbatch-group-size-per-virtual-pipeline-stage, by default pipeline-model-parallel-size), and every "
+            f"group, the last too, must have at least pipeline-model-parallel-size = {pipeline}: change "
+            "global-batch-size, micro-batch-size or the group's size"
+        )
+
+
+def _layers_beside(args: Namespace) -> int:
+    """Embedding and loss count as a layer each where the config says so."""
+    return args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
 
 
 def ranks_per_replica(args: Namespace) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, Trainings, copy_of, execute, trainings
+from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, VIRTUAL, Trainings, copy_of, execute, trainings
 
 from megatron_xact import cli
 from megatron_xact.pretraining import exits, status
@@ -86,6 +86,7 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
             4,
             "global-batch-size = 4 must be a multiple of micro-batch-size x data-parallel size = 2 x 4 = 8",
         ),
+        ([*VIRTUAL, "--micro-batch-size", "4"], 2, "virtual pipeline stages run a step's micro-batches, here 1, in"),
         (["--train-data-path", "nowhere/text"], 1, "train-data-path: no such file nowhere/text.bin"),
         (
             ["--tokenizer-model", "no/such/tokenizer"],

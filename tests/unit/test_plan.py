@@ -282,14 +282,29 @@ def test_the_vocabulary_is_padded_as_megatron_pads_it():
         assert job.with_layout(without_vocabulary(), run, 8, 8).shape.vocab == rows
 
 
-def test_virtual_stages_need_a_multiple_of_the_stages_in_micro_batches():
-    words = shlex.split("--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3")
-    config = load(BIG).with_overrides(words)
-    assert job.read(config, 64, 8).layout.virtual == 3
+def test_micro_batches_of_virtual_stages():
+    """Which numbers of them Megatron's interleaved schedule takes, of four pipeline stages."""
+    config = load(BIG).with_overrides(
+        shlex.split("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3")
+    )
+
+    def legal(asked: RunConfig) -> bool:
+        try:
+            return job.read(asked, 64, 8).layout.virtual == 3
+        except ValueError as error:
+            assert str(error).startswith("virtual pipeline stages run a step's micro-batches, here ")
+            return False
+
+    def taken(*words: str) -> list[int]:
+        batches = {number: ["--global-batch-size", str(number * 2 * 16)] for number in range(1, 18)}
+        return [number for number, batch in batches.items() if legal(config.with_overrides([*words, *batch]))]
+
+    group = "--microbatch-group-size-per-virtual-pipeline-stage"
+    assert taken() == taken(group, "4") == [4, 8, 12, 16]
+    assert taken(group, "6") == [6, 10, 11, 12, 16, 17]
+    assert taken(group, "3") == []
     default = {key: value for key, value in config.megatron.items() if key != "global-batch-size"}  # one micro-batch
-    for asked in (replace(config, megatron=default), config.with_overrides(["--global-batch-size", "96"])):
-        with pytest.raises(ValueError, match="virtual pipeline stages need a number of micro-batches, here [13], that"):
-            job.read(asked, 64, 8)
+    assert not legal(replace(config, megatron=default))
 
 
 def test_a_vocabulary_that_nobody_states_is_asked_for(capsys, tmp_path, monkeypatch):

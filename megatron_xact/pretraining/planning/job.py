@@ -198,13 +198,11 @@ def _vocabulary_of_data(args: Namespace) -> int | None:
 def _layout(args: Namespace, gpus: int, gpus_per_node: int) -> Layout:
     pipeline = args.pipeline_model_parallel_size
     stages = _stages(args, pipeline)
-    virtual = args.num_virtual_stages_per_pipeline_rank or 1
-    if args.num_layers_per_virtual_pipeline_stage:
-        virtual = max(stages) // args.num_layers_per_virtual_pipeline_stage
+    virtual = checks.num_virtual_stages(args)
     even = not (args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split)
     if even and any(layers % virtual for layers in stages):
         raise ValueError(f"{virtual} virtual stages must divide the {max(stages)} layers of a pipeline stage")
-    layout = Layout(
+    return Layout(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         tensor=args.tensor_model_parallel_size,
@@ -217,12 +215,6 @@ def _layout(args: Namespace, gpus: int, gpus_per_node: int) -> Layout:
         micro_batch=args.micro_batch_size,
         batch=args.global_batch_size or args.micro_batch_size * (gpus // checks.ranks_per_replica(args)),
     )
-    if layout.virtual > 1 and layout.micro_batches % pipeline:
-        raise ValueError(
-            f"virtual pipeline stages need a number of micro-batches, here {layout.micro_batches}, that "
-            f"pipeline-model-parallel-size = {pipeline} divides"
-        )
-    return layout
 
 
 def _stages(args: Namespace, pipeline: int) -> tuple[int, ...]:
