@@ -13,8 +13,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def stock_torch():
-    """The CPU platform changes torch for good: a test that activates it in this process breaks others, far away."""
+def stock_torch(request):
+    """The CPU platform changes torch for good: a test that activates it in its own process breaks others, far away.
+
+    Those of distributed training, which run apart, may: Megatron's own refusals need it.
+    """
+    before = _on_the_cpu_platform()
     yield
+    if not request.node.get_closest_marker("distributed"):
+        assert _on_the_cpu_platform() == before, "activates the CPU platform outside a process of its own"
+
+
+def _on_the_cpu_platform() -> bool:
     platform = sys.modules.get("megatron_xact.pretraining.cpu_platform")
-    assert platform is None or not platform.is_active(), "activates the CPU platform outside a process of its own"
+    return platform is not None and platform.is_active()
