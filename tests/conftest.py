@@ -14,13 +14,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def stock_torch(request):
-    """The CPU platform changes torch for good: a test that activates it in its own process breaks others, far away.
-
-    Those of distributed training, which run apart, may: Megatron's own refusals need it.
-    """
+    """The CPU platform changes torch for good: a test that activates it in its own process breaks others, far away."""
     before = _on_the_cpu_platform()
     yield
-    if not request.node.get_closest_marker("distributed"):
+    if not request.node.get_closest_marker("alone"):
         assert _on_the_cpu_platform() == before, "activates the CPU platform outside a process of its own"
 
 

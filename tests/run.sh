@@ -16,9 +16,9 @@ tests() { .venv/bin/python -m pytest -rs "$@" || code=$?; }
 code=0
 if [ $# -gt 0 ]; then
     tests "$@"
-else  # what starts ranks of its own needs the cores for itself
-    tests -n "$((cores < 8 ? cores : 8))" --dist loadfile tests/kernels tests/studies tests/te tests/unit
-    tests tests/checkpoints tests/distributed tests/slurm
+else
+    tests -n "$((cores < 8 ? cores : 8))" --dist loadfile -m "not alone" tests
+    tests -m alone tests/distributed tests/slurm
 fi
 case $code in
     0) echo "tests/run.sh: passed (skipped tests, if any, are listed above with their reasons)" ;;
