@@ -1,7 +1,7 @@
-"""Where a file or folder grows that must be there whole or not at all: beside its place, to be renamed at the end.
+"""Files and folders that are there whole or not at all: they grow beside their place and are renamed at the end.
 
-Its name tells host and process: several may make the same one, and what a killed process left is recognised. For all
-rooms; imports none of them.
+The name they grow under tells host and process: several may make the same one, and what a killed process left is
+recognised. For all rooms and for launchers, which are ready before torch: imports the standard library only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,37 @@ import contextlib
 import glob
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file with this text, or with what it had before: it is never seen half-written, nor after a crash."""
+    with whole_file(path) as growing:
+        growing.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write under, which becomes `path` when the block ends, and is removed if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    growing = partial(path)
+    try:
+        yield growing
+        sync(growing)
+        os.replace(growing, path)
+    except BaseException:
+        _remove(growing)
+        raise
+
+
+def sync(path: Path) -> None:
+    """On disk, not only in memory: the rename must not survive a crash that the contents do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial(path: Path) -> Path:

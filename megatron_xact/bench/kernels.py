@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from megatron_xact.argument_types import positive
+from megatron_xact.whole import write_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ["xielu", "relu2"]  # what is measured where none is named
@@ -43,13 +44,12 @@ def main(args: argparse.Namespace, device, where: dict) -> None:
     ratios = benchmark.speedups(found)
     for (name, dtype, peer), ratio in ratios.items():
         print(f"{name} {dtype}: {ratio:.2f} x the speed of {peer}, forward + backward")
-    args.out.mkdir(parents=True, exist_ok=True)
     result = where | {
         "copy_bytes_per_second": ceiling,
         "speedups": [{"activation": n, "dtype": d, "peer": p, "ratio": r} for (n, d, p), r in ratios.items()],
         "measurements": [m.as_dict() for m in found],
     }
-    (args.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(args.out / "kernels.json", json.dumps(result, indent=1) + "\n")
     plot(found, ceiling, where["device"], args.out / "kernels.png")
     print(f"wrote {args.out / 'kernels.json'} and kernels.png")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_xact.argument_types import positive
+from megatron_xact.whole import write_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ["xielu", "relu2", "swiglu"]  # what is measured where none is named
@@ -87,9 +88,8 @@ def main(args: argparse.Namespace, device, where: dict) -> None:
             for tp in args.tp:
                 rows.append(_row(record, tokens, hidden, widths[record.name], tp, dtype, args, device))
                 print(table(rows[-1:], header=len(rows) == 1), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     result = where | {"shapes": [vars(row) for row in rows]}
-    (args.out / "mlp.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(args.out / "mlp.json", json.dumps(result, indent=1) + "\n")
     plot(rows, where["device"], args.out / "mlp.png")
     print(f"wrote {args.out / 'mlp.json'} and mlp.png")
 

@@ -27,7 +27,7 @@ from megatron_xact.checkpoints.model import Model
 from megatron_xact.installed import extra
 from megatron_xact.pretraining.data.indexed import read_index
 from megatron_xact.pretraining.data.progress import Progress
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.whole import write_text
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_xact.whole import partial
+from megatron_xact.whole import partial, sync
 
 
 @contextlib.contextmanager
@@ -44,15 +43,6 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     """FileExistsError, unless it may be moved aside."""
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out.absolute()} exists already; choose another name, or --overwrite to move it aside")
-
-
-def sync(path: Path) -> None:
-    """On disk, not only in memory: the rename must not survive a crash that the contents do not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _aside(out: Path) -> Path:

@@ -15,7 +15,6 @@ measure at the same time take what the first of them has written, if they have t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -26,11 +25,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_xact import __version__, installed, whole
+from megatron_xact import __version__, installed
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import backends, linear
 from megatron_xact.kernels.keys import key_of
 from megatron_xact.kernels.mlp_timing import Measured, Shape, Tiles, fastest, measure, tiles_of
+from megatron_xact.whole import write_text
 
 FP8 = "fp8"  # other numbers, not another way to the same ones: never chosen for its speed
 CHOICES = ("auto", linear.UNFUSED, *linear.BACKENDS, FP8)
@@ -185,14 +185,9 @@ def _write(file: Path | None, key: dict[str, object], found: Measured) -> str:
     """Whole or not at all, whoever else writes it at the same time; what to say about it."""
     if file is None:
         return "measured now, and not remembered: there is no home folder; set XACT_CACHE"
-    growing = whole.partial(file)
+    content = {"key": key, "seconds": found.seconds, "tiles": found.tiles}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"key": key, "seconds": found.seconds, "tiles": found.tiles}
-        growing.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(growing, file)
+        write_text(file, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            growing.unlink()
         return f"measured now, and not remembered: {file} cannot be written ({error.strerror}); see XACT_CACHE"
     return f"measured now, remembered in {file}"

@@ -1,4 +1,4 @@
-"""Writing a file that people or later runs rely on, and saying why one could not be read or written.
+"""Why a file could not be read or written, in words.
 
 Imports the standard library only: the launchers, which must be ready before torch is, use it too.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 _FULL = "there is no room for {}: make some, or choose another place"
 _FORBIDDEN = "this user may not read or write {}: change its permissions, or choose another place"
@@ -30,13 +29,3 @@ def why_not(error: BaseException) -> str:
     if error.errno in _WORDS:
         return _WORDS[error.errno].format(file or "a file")
     return f"{file}: {error.strerror}" if file else error.strerror
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file with this text, or with what it had before: it is never seen half-written, nor after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

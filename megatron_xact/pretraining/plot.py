@@ -6,7 +6,6 @@ Needs neither Megatron nor a GPU, and the run may be finished, still running or 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 
 from megatron_xact.pretraining import drawing, report
 from megatron_xact.pretraining.report import Report
-from megatron_xact.whole import partial
+from megatron_xact.whole import whole_file
 
 _DPI = 130
 
@@ -105,8 +104,6 @@ def _labels(runs: list[Path]) -> list[str]:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Whole or not at all: someone may be looking at the run's last picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial(path)
-    figure.savefig(temporary, dpi=_DPI, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as growing:
+        figure.savefig(growing, dpi=_DPI, format="png")
     return path

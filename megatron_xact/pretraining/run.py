@@ -34,10 +34,10 @@ from megatron_xact.pretraining import config as config_file
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import RunConfig
-from megatron_xact.pretraining.files import write_text
 from megatron_xact.pretraining.launchers import Plan
 from megatron_xact.pretraining.taking import Taken, taking
 from megatron_xact.pretraining.watchdog import PATIENCE, Watchdog
+from megatron_xact.whole import write_text
 
 if TYPE_CHECKING:
     from megatron_xact.pretraining.checkpointing.choice import Ranks

@@ -66,6 +66,7 @@ def host_name() -> str:
 
 
 def write_json(file: Path, content: dict) -> None:
+    """As `whole.write_text`, but every rank does it all the time: it does not wait for the disk, or list the folder."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         partial.write_text(json.dumps(content) + "\n", encoding="utf-8")

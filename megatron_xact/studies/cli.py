@@ -170,7 +170,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 def _fit(args: argparse.Namespace, outside: Outside | None) -> None:
     from megatron_xact.studies import numbers, report, words
     from megatron_xact.studies.fit import classical_check, fit
-    from megatron_xact.studies.table import write_text
+    from megatron_xact.whole import write_text
 
     table = _read(args, args.table)
     flops = _budgets(args, report.default_budget(table))
@@ -218,7 +218,7 @@ def _compare(args: argparse.Namespace, outside: Outside | None) -> None:
     from megatron_xact.studies import compare as comparing
     from megatron_xact.studies import numbers, words
     from megatron_xact.studies.law import MULTIPLIER
-    from megatron_xact.studies.table import write_text
+    from megatron_xact.whole import write_text
 
     if not 0.5 <= args.level < 1:
         raise ValueError(f"--level {args.level:g} must be from 0.5 to below 1, e.g. 0.95")

@@ -62,7 +62,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(args: argparse.Namespace, outside: Outside) -> int:
     from megatron_xact.studies import expectation, measuring, planning, recipe
-    from megatron_xact.studies.table import write_text
+    from megatron_xact.whole import write_text
 
     study = recipe.read(args.study)
     made = planning.make(study, outside)

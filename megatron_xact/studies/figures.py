@@ -5,7 +5,6 @@ Nothing in a file depends on when or where it was drawn.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 
 from megatron_xact.studies.law import Array
 from megatron_xact.studies.table import format_count
-from megatron_xact.whole import partial
+from megatron_xact.whole import whole_file
 
 STYLE = {
     "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
@@ -34,10 +33,8 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")  # no pyplot, no backend
         yield fig.subplots(rows, columns, squeeze=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        growing = partial(path)
-        fig.savefig(growing, dpi=130, format="png", metadata={"Software": None})
-        os.replace(growing, path)
+        with whole_file(path) as growing:
+            fig.savefig(growing, dpi=130, format="png", metadata={"Software": None})
 
 
 def shades(names: Sequence[str]) -> dict[str, tuple]:

@@ -25,7 +25,7 @@ from megatron_xact.studies.gate import Gate, Layer, judge
 from megatron_xact.studies.outside import Asked, Outside
 from megatron_xact.studies.running import INTERRUPTED, PRETRAIN, SAVED, Task, train
 from megatron_xact.studies.state import Run
-from megatron_xact.studies.table import write_text
+from megatron_xact.whole import write_text
 
 RECORDS = 200  # of the loss, at least, where there are as many steps: ten times what a window needs
 MEASUREMENTS = 20  # of the layers, at least

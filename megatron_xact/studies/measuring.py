@@ -13,7 +13,7 @@ from megatron_xact.studies.expectation import Speed
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.running import environment
 from megatron_xact.studies.state import SPEEDS, report_of
-from megatron_xact.studies.table import write_text
+from megatron_xact.whole import write_text
 
 STEPS = 20
 

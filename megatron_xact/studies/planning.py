@@ -17,7 +17,8 @@ from megatron_xact.pretraining.planning.counts import Shape, flops_per_token
 from megatron_xact.studies.ladder import PARAMS_COUNT, Budget, Trunk, build, cells, params
 from megatron_xact.studies.outside import Model, Outside
 from megatron_xact.studies.recipe import Size, Study
-from megatron_xact.studies.table import format_count, write_text
+from megatron_xact.studies.table import format_count
+from megatron_xact.whole import write_text
 
 FILE = "study.json"
 FORMAT = 1

@@ -25,8 +25,8 @@ from megatron_xact.studies.fit import Fit, fit
 from megatron_xact.studies.law import MULTIPLIER
 from megatron_xact.studies.outside import Values
 from megatron_xact.studies.page import Section, page
-from megatron_xact.studies.table import Run, Table, csv_text, describe, format_count, write_text
-from megatron_xact.whole import partial
+from megatron_xact.studies.table import Run, Table, csv_text, describe, format_count
+from megatron_xact.whole import partial, write_text
 
 
 @dataclass(frozen=True)

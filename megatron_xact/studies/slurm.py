@@ -21,7 +21,7 @@ from megatron_xact.studies.ladder import Cell
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.progress import duration, listed, row
 from megatron_xact.studies.state import Run, alone, last_word, run_of
-from megatron_xact.studies.table import write_text
+from megatron_xact.whole import write_text
 
 LAUNCHER = "launch/slurm.sbatch"
 SPEAKERS = ("xact: ", "slurm.sbatch: ", "slurmstepd: ")  # whose last line in a job's log tells why it ended

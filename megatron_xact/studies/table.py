@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_xact.studies.law import Array
-from megatron_xact.whole import partial
+from megatron_xact.whole import write_text
 
 SAME_BUDGET = 0.01  # token budgets of one size within 1 % are one: runs end on whole steps
 
@@ -116,14 +115,6 @@ def csv_text(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    growing = partial(path)
-    growing.write_text(text, encoding="utf-8")
-    os.replace(growing, path)
 
 
 def format_count(count: float) -> str:

@@ -11,7 +11,7 @@ from megatron_xact.studies.ladder import build
 from megatron_xact.studies.outside import Model
 from megatron_xact.studies.planning import Plan
 from megatron_xact.studies.recipe import Recipe, Size
-from megatron_xact.studies.table import write_text
+from megatron_xact.whole import write_text
 
 SIZES = {"a": Size(2, 32, 2, 96), "b": Size(3, 64, 4, 192)}
 GATED = ("swiglu",)

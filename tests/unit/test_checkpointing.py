@@ -7,6 +7,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_xact.pretraining.checkpointing import checksums, retention, space
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, damage, name_of, saved_steps
-from megatron_xact.pretraining.files import write_text
 
+ROOT = Path(__file__).parents[2]
 STEPS = (4, 8, 12, 16, 20)
 
 
@@ -107,30 +110,24 @@ def test_the_ranks_together_compare_every_file_once(run):
         (checkpoint / name).write_bytes(content)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "tracker"
-    write_text(path, "4")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "8\ud800")  # fails half-way
-    assert path.read_text() == "4"
+KILLED = """
+import os, sys
+from pathlib import Path
+from megatron_xact.pretraining.checkpointing import checksums
+os.replace = lambda *_: os.kill(os.getpid(), 9)
+checksums.write(Path(sys.argv[1]))
+"""
 
 
-def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
-    """A crash could otherwise leave the name, and nothing behind it."""
-    on_disk, fsync, replace = set(), os.fsync, os.replace
-
-    def synced(number: int) -> None:
-        fsync(number)
-        on_disk.add((os.fstat(number).st_ino, os.fstat(number).st_size))
-
-    def renamed(source: Path, target: Path) -> None:
-        assert (source.stat().st_ino, source.stat().st_size) in on_disk
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
-    write_text(tmp_path / "tracker", "1200")
-    assert (tmp_path / "tracker").read_text() == "1200" and len(on_disk) == 1
+def test_what_a_kill_left_of_checksums_is_none_of_the_checkpoints_files(run):
+    """Or the next process would take its checksum, and then its absence for damage."""
+    checkpoint = run / name_of(20)
+    files = sorted(checkpoint.iterdir())
+    killed = subprocess.run([sys.executable, "-c", KILLED, checkpoint], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL and len(list(checkpoint.iterdir())) == len(files) + 1
+    checksums.write(checkpoint)
+    assert checksums.compare(checkpoint) is None
+    assert sorted(checkpoint.iterdir()) == sorted([*files, checkpoint / checksums.NAME])
 
 
 def test_room(run):

@@ -1,4 +1,4 @@
-"""What grows under another name: a killed process' is removed by the next one, a living one's is not."""
+"""What grows under another name: a killed process' is removed by the next one, a living one's is not; files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xact.checkpoints.folders import whole_folder
-from megatron_xact.whole import partial
+from megatron_xact.whole import partial, write_text
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -73,3 +73,29 @@ def test_what_cannot_be_told_to_be_of_an_ended_process_stays(tmp_path):
     name = partial(tmp_path / "a.json")
     assert name.parent == tmp_path and name.name == f".a.json.partial-{host}-{os.getpid()}"
     assert sorted(tmp_path.iterdir()) == sorted([ours, foreign, unknown])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "tracker"
+    write_text(path, "4")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "8\ud800")  # fails half-way
+    assert path.read_text() == "4" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """A crash could otherwise leave the name, and nothing behind it."""
+    on_disk, fsync, replace = set(), os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk.add((os.fstat(number).st_ino, os.fstat(number).st_size))
+
+    def renamed(source: Path, target: Path) -> None:
+        assert (source.stat().st_ino, source.stat().st_size) in on_disk
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "tracker", "1200")
+    assert (tmp_path / "tracker").read_text() == "1200" and len(on_disk) == 1

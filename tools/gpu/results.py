@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from megatron_xact.whole import write_text
 
 COMPLETE = ("ok", "missed", "skipped")  # of a section that came to its end
 GOOD = ("ok", "skipped")
@@ -12,9 +13,7 @@ SAME = ("gpu", "commit", "quick")  # what sections of one file have in common
 
 
 def write(path: Path, content: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class Results:

@@ -14,7 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.whole import write_text
 
 NAME = "integrity.json"
 _THREADS = 8
@@ -22,7 +22,8 @@ _THREADS = 8
 
 def write(checkpoint: Path) -> None:
     """Read every file of a complete checkpoint and write down what was read. The file appears last, and whole."""
-    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and path.name != NAME)
+    # Nor what a process that was killed in the middle left of its own: the last line removes that.
+    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and NAME not in path.name)
     sizes = {name: (checkpoint / name).stat().st_size for name in names}
     with _threads() as threads:
         digests = dict(zip(names, threads.map(lambda name: _digest(checkpoint / name), names), strict=True))

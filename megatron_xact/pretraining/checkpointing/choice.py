@@ -26,7 +26,8 @@ from megatron_xact.pretraining.checkpointing.folder import (
     saved_steps,
     tracked,
 )
-from megatron_xact.pretraining.files import why_not, write_text
+from megatron_xact.pretraining.files import why_not
+from megatron_xact.whole import write_text
 
 _PATIENCE = timedelta(minutes=30)  # for the slowest rank to read its part of a checkpoint
 

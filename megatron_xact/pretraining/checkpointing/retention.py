@@ -12,7 +12,7 @@ from megatron_xact.pretraining.checkpointing.folder import (
     saved_steps,
     tracked,
 )
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.whole import write_text
 
 _DELETED, _SUPERSEDED = "deleted-", "superseded-"
 

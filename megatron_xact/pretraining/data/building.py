@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_xact.pretraining.data import manifest
 from megatron_xact.pretraining.data.corpus import Position
 from megatron_xact.pretraining.data.indexed import Totals
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.whole import write_text
 
 FOLDER, JOURNAL, LOCK = ".building", "state.json", "lock"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_xact.pretraining.files import write_text
+from megatron_xact.whole import write_text
 
 NAME = "data.json"
 FORMAT = 1  # raised when the same settings would give other tokens
