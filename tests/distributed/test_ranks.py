@@ -12,6 +12,13 @@ from ranks import RankFailed, run_ranks
 pytestmark = pytest.mark.distributed
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    before = multiprocessing.active_children()  # another test's pool
+    yield
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
 def fail_on_rank_1() -> None:
     if torch.distributed.get_rank() == 1:
         raise ZeroDivisionError("planted on rank 1")
@@ -23,7 +30,6 @@ def test_a_failing_rank_s_traceback_arrives_first():
         run_ranks(fail_on_rank_1, 2)
     told = str(failed.value)
     assert told.split("--- rank ")[1].startswith("1\n") and "in fail_on_rank_1" in told
-    assert not multiprocessing.active_children()
 
 
 def test_out_of_time():
@@ -31,4 +37,3 @@ def test_out_of_time():
     with pytest.raises(RankFailed, match="out of time"):
         run_ranks(fail_on_rank_1, 2, timeout=1.0)  # they have not even imported Megatron by then
     assert time.monotonic() - started < 30
-    assert not multiprocessing.active_children()

@@ -143,6 +143,7 @@ class Job:
     hook: str = ""
     again_after: str = ""  # another run: the same command in the same folder, once that one has ended
     ends_well: bool = True
+    pictures: bool = False
     typed: bool = False  # the command as one types it, launcher and all; else its ranks alone, forked (warm.py)
 
 
@@ -155,7 +156,7 @@ JOBS = {
     "dp2": Job(DISTRIBUTED, 2),
     # Megatron seeds every pipeline stage differently, so these start from another run's checkpoint, resharded.
     "one@4 to pp2": Job(PP2, 2, ("one", 4)),
-    "one@4 to tp2 pp2": Job((*TP2, *PP2), 4, ("one", 4)),
+    "one@4 to tp2 pp2": Job((*TP2, *PP2), 4, ("one", 4), pictures=True),
     "gated": Job(GATED),
     "gated tp2": Job((*GATED, *TP2), 2),
     "biases": Job(BIASES),
@@ -272,7 +273,8 @@ class Trainings:
         words = ["--save", str(folder), "--load", str(load), *words]
         if not (job.typed or job.hook):
             with self._cores.taken(job.ranks):
-                return Run(folder, 0, self.server.run(str(config), *words, ranks=job.ranks))
+                said = self.server.run(str(config), *words, ranks=job.ranks, pictures=job.pictures)
+            return Run(folder, 0, said)
         command = self.command(*words, ranks=job.ranks, config=config)
         if job.hook:
             script = self.folder / f"{folder.name}.py"

@@ -1,8 +1,8 @@
 """`xact pretrain` for the price of a fork: one process imports torch and Megatron, each life is a fork of it.
 
 Imports cost 10 s, a life of the tiny model 1 s; so one can be killed twenty times in a test. A life is one rank of the
-real command with the real trainer, in a process group of its own, with RANK set as srun would. `server` is what the
-importing process runs; it answers lines of JSON.
+real command with the real trainer, in a process group of its own, with RANK set as srun would; only pictures, which
+take 5 s, are made on demand. `serve` is what the importing process runs; it answers lines of JSON.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Warm:
         self._process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, **pipes)
         self._ask(None, 300.0)
 
-    def start(self, *words: str, ranks: int = 1) -> list[Life]:
+    def start(self, *words: str, ranks: int = 1, pictures: bool = False) -> list[Life]:
         """`xact pretrain` with these words, on so many ranks."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -73,13 +73,14 @@ class Warm:
                 self._lives += 1
             environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            pid = self._ask({"words": ["pretrain", *words], "environment": environment, "log": str(log)})
+            request = {"words": ["pretrain", *words], "environment": environment, "log": str(log), "pictures": pictures}
+            pid = self._ask(request)
             lives.append(Life(pid, log, self))
         return lives
 
-    def run(self, *words: str, ranks: int = 1, code: int = 0, timeout: float = 180.0) -> str:
+    def run(self, *words: str, ranks: int = 1, code: int = 0, timeout: float = 180.0, pictures: bool = False) -> str:
         """`start`, waited for; what the ranks printed, the first's first. AssertionError: it exits not with `code`."""
-        lives = self.start(*words, ranks=ranks)
+        lives = self.start(*words, ranks=ranks, pictures=pictures)
         codes = [life.wait(timeout) for life in lives]
         assert codes[0] == code, f"exit codes {codes}\n" + "\n".join(life.output[-6000:] for life in lives)
         return "".join(life.output for life in lives)
@@ -144,7 +145,7 @@ def serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _live(cli, words: list[str], environment: dict[str, str], log: str) -> None:
+def _live(cli, words: list[str], environment: dict[str, str], log: str, pictures: bool) -> None:
     code = 1
     try:
         os.setsid()
@@ -157,6 +158,10 @@ def _live(cli, words: list[str], environment: dict[str, str], log: str) -> None:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
         get_write_results_queue("fork")
+        if not pictures:
+            from megatron_xact.pretraining import plot
+
+            plot.draw = lambda *_: []
         code = cli.main(words)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
