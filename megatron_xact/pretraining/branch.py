@@ -29,7 +29,7 @@ def branch_of(config: RunConfig, words: list[str], sets: list[str], step: int, s
     """
     if config.branch.trunk:
         raise ValueError(f"{config.source} is itself a branch of {config.branch.trunk}: branch from that run")
-    given = arguments.read_tokens(words)
+    given = replace(config, megatron={}).with_overrides(words, sets).megatron
     where = given.get("load") or config.megatron.get("save") or config.megatron.get("load")
     if where is None:
         raise ValueError("branch-from: which run? its config has neither save nor load; name its folder with --load")

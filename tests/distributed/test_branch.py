@@ -116,6 +116,8 @@ def test_the_config_of_a_branch(trunk, tmp_path):
     path = tmp_path / "branch.toml"
     path.write_text(config.dump())
     assert load(path) == config
+    sets = [f"checkpoint.save='{tmp_path / 'branch'}'"]
+    assert branch_of(load(trunk.folder / "config.toml"), [], sets, 5, 3) == config
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ Pointwise = Values = Grads = Unary = Any  # words of the annotations below
 
 # >>> the activation, from its record in megatron-xact
 
-NAME, GATED = "xiprelu", False
+NAME, GATED = 'xiprelu', False
 IN_FP32 = True  # or in the dtype of x, rounding after each operation
 # x > 0: a_p x^2 + b x; x <= 0: a_n x^2 + b x
 # symbol: (name, bound b of effective = b + softplus(raw), None: raw; value if fixed, None: trained)
 PARAMETERS = {
-    "a_p": ("alpha_p", 0.0, None),
-    "a_n": ("alpha_n", 0.0, None),
-    "b": ("beta", None, 0.5),
+    'a_p': ('alpha_p', 0.0, None),
+    'a_n': ('alpha_n', 0.0, None),
+    'b': ('beta', None, 0.5),
 }
 
 
@@ -68,7 +68,7 @@ class Power:
 
 
 def value(x, p):
-    return TwoSided(positive=Power(symbol="a_p", degree=2), negative=Power(symbol="a_n", degree=2)).value(x, p)
+    return TwoSided(positive=Power(symbol='a_p', degree=2), negative=Power(symbol='a_n', degree=2)).value(x, p)
 
 
 # <<< the activation
