@@ -35,7 +35,7 @@ from megatron_xact.checkpoints.architecture import (
     read_hf,
     record,
     to_megatron,
-)  # fmt: skip
+)
 from megatron_xact.checkpoints.folders import whole_folder
 from megatron_xact.checkpoints.mapping import (
     XIELU_HF,
@@ -45,7 +45,7 @@ from megatron_xact.checkpoints.mapping import (
     hf_shapes,
     megatron_shapes,
     table,
-)  # fmt: skip
+)
 from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_checkpoint
 from megatron_xact.checkpoints.safetensors_io import Weights
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles

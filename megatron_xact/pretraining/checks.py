@@ -181,7 +181,7 @@ def parallel(args: Namespace, world_size: int) -> None:
             f"{micro} x {dp} = {micro * dp}"
         )
     if num_virtual_stages(args) > 1 and args.step_batch_size_schedule is None:
-        _virtual_stages(args, 1 if batch is None else batch // (micro * dp))
+        _interleaved(args, 1 if batch is None else batch // (micro * dp))
 
 
 def num_virtual_stages(args: Namespace) -> int:
@@ -198,7 +198,7 @@ def num_virtual_stages(args: Namespace) -> int:
     return args.num_virtual_stages_per_pipeline_rank or 1
 
 
-def _virtual_stages(args: Namespace, micro_batches: int) -> None:
+def _interleaved(args: Namespace, micro_batches: int) -> None:
     """What Megatron's interleaved schedule raises at the first step (0.19.2, core/pipeline_parallel/schedules.py)."""
     pipeline = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage or pipeline

@@ -140,7 +140,7 @@ def build(recipe: Recipe, model_of: Callable[[str, Size], Model]) -> list[Trunk]
                             factor=factor,
                             shape=shape,
                             **common | {"lr": _digits(common["lr"] * own * factor)},
-                        )  # fmt: skip
+                        )
                     )
     return trunks
 

@@ -25,7 +25,7 @@ from megatron_xact.checkpoints.architecture import (
     record,
     to_hf,
     to_megatron,
-)  # fmt: skip
+)
 from megatron_xact.checkpoints.mapping import hf_shapes, megatron_shapes, table
 from megatron_xact.checkpoints.model import load_hf
 

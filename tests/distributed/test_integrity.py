@@ -30,7 +30,7 @@ pytestmark = MARKS
 
 STEPS = 60
 KILLS = 11  # of synchronous saves, and as many of asynchronous ones
-LONG = ("--train-iters", str(STEPS), "--exit-interval", str(STEPS))  # exit-interval: without plots
+LONG = ("--train-iters", str(STEPS), "--exit-interval", str(STEPS))  # exit-interval: without a report of the run
 EVERY_STEP = ("--save-interval", "1", "--set", "xact.keep-checkpoints=3", "--set", "xact.keep-every=10")
 
 

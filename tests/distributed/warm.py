@@ -126,7 +126,7 @@ def serve() -> None:
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
     from megatron_xact import cli
-    from megatron_xact.pretraining import arguments, gpt, monitor, report, run, sample  # noqa: F401
+    from megatron_xact.pretraining import arguments, gpt, monitor, plot, report, run, sample  # noqa: F401
     from megatron_xact.pretraining.checkpointing import keeper  # noqa: F401
 
     arguments.parser()
@@ -141,11 +141,11 @@ def serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _live(cli, **request)
+                _live(cli, plot, **request)
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _live(cli, words: list[str], environment: dict[str, str], log: str, pictures: bool) -> None:
+def _live(cli, plot, words: list[str], environment: dict[str, str], log: str, pictures: bool) -> None:
     code = 1
     try:
         os.setsid()
@@ -159,8 +159,6 @@ def _live(cli, words: list[str], environment: dict[str, str], log: str, pictures
 
         get_write_results_queue("fork")
         if not pictures:
-            from megatron_xact.pretraining import plot
-
             plot.draw = lambda *_: []
         code = cli.main(words)
     except SystemExit as ending:

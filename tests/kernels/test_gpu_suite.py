@@ -273,7 +273,7 @@ def test_a_peer_that_breaks_leaves_the_others_their_numbers(tmp_path, monkeypatc
     assert status == "ok"
     assert {(m["activation"], m["contender"]) for m in data["measurements"]} == {
         (name, contender) for name in ("xielu", "relu2", "swiglu") for contender in ("xact", "eager")
-    }  # fmt: skip
+    }
     assert data["absent"]["broken xielu"] == "RuntimeError: no kernel image"
     assert "xielu bfloat16 eager" in data["speedups"]
 

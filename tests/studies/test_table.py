@@ -164,7 +164,7 @@ BAD = {
     "column": (rows(), "fit --columns loss=los", "has no column 'los' for loss; it has activation, size, params"),
     "field": (rows(), "fit --columns los=loss", "'los' is not a column of a study's table; those are activation"),
     "word": (rows(), "fit --columns loss", "--columns 'loss' must be NAME=COLUMN"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

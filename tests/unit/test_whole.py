@@ -1,4 +1,4 @@
-"""What grows under another name: a killed process' is removed by the next one, a living one's is not; files."""
+"""Files are there whole or not at all; what a killed process left goes with the next one, a living one's stays."""
 
 import json
 import os

@@ -22,7 +22,7 @@ _THREADS = 8
 
 def write(checkpoint: Path) -> None:
     """Read every file of a complete checkpoint and write down what was read. The file appears last, and whole."""
-    # Nor what a process that was killed in the middle left of its own: the last line removes that.
+    # Nor what a process that was killed in the middle left of this file: `write_text` may remove that.
     names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and NAME not in path.name)
     sizes = {name: (checkpoint / name).stat().st_size for name in names}
     with _threads() as threads:
