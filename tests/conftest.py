@@ -7,6 +7,11 @@ import pytest
 from megatron_xact.kernels import toolchain
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run by themselves come last: some activate the CPU platform in this process (see `stock_torch`)."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("compiler") and (reason := toolchain.lacks_for_torch()):
         pytest.skip(reason)

@@ -143,7 +143,7 @@ def _compare(
     laws = problem.law(_refit(problem, phi, table, pairs, ids, draws, np.random.default_rng(seed), workers))
     value = 2 * half / float(law.gamma)
     mean, error, freedom = effects.of_clusters(laws, pairs, ids).mean()
-    multiplier = effects.estimate(value, effects.mixture(mean, error, laws.gamma, freedom), level)
+    multiplier = effects.estimate(value, effects.mixture(laws.gamma, mean, error, freedom), level)
     trends = effects.trends(law, laws, pairs, ids, level)
     time = _log_step_time(pairs, level)
     return Comparison(

@@ -49,6 +49,18 @@ class Effects:
     weight: Array
     gamma: Array
 
+    def of(self, clusters: Array) -> Effects:
+        """Those of some clusters, by their numbers."""
+        return Effects(self.x[:, clusters], self.weight[:, clusters], self.gamma)
+
+    def center(self) -> Array:
+        """Weighted mean, [B]."""
+        return (self.weight * self.x).sum(1) / self.weight.sum(1)
+
+    def scatter(self) -> Array:
+        """Weighted sum of squares around it, [B]."""
+        return (self.weight * (self.x - self.center()[:, None]) ** 2).sum(1)
+
     def mean(self) -> tuple[Array, Array, Array]:
         """Weighted mean, its standard error and the degrees of freedom of that, [B].
 
@@ -57,8 +69,7 @@ class Effects:
         1985), with the degrees of freedom of Bell and McCaffrey (2002), which few heavy clusters leave few of. Where
         noise was a constant share of L - E, 95 % intervals from pooled scatter held 74 % instead.
         """
-        share = self.weight / self.weight.sum(1, keepdims=True)
-        mean = (share * self.x).sum(1)
+        share, mean = self.weight / self.weight.sum(1, keepdims=True), self.center()
         left = np.maximum(1 - share, 1e-12)
         error = np.sqrt((share**2 * (self.x - mean[:, None]) ** 2 / left).sum(1))
         spread = (share**2 * (1 - 2 * share) / left**2).sum(1) + (share**2 / left).sum(1) ** 2
@@ -103,7 +114,7 @@ def _slopes(laws: Law, pairs: Pairs, ids: Ids, z: Array) -> Effects:
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
-def mixture(mean: Array, error: Array, gamma: Array, freedom: Array | int) -> Callable[[float], float]:
+def mixture(gamma: Array, mean: Array, error: Array, freedom: Array | int) -> Callable[[float], float]:
     """Distribution function of ln m: under each law t around its mean, laws equally likely."""
     error = np.maximum(error, 1e-12)
     return lambda log_m: float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
@@ -141,30 +152,31 @@ def t_interval(values: Array, ids: Ids, level: float) -> Estimate:
 
 
 def by_group(law: Law, laws: Law, pairs: Pairs, ids: Ids, names: Sequence[str], level: float) -> dict[str, Estimate]:
-    """m of the pairs of each name, in the order of the names' first pairs, with the scatter inside groups pooled: one
-    group alone has too few pairs to know its own.
+    """m of the pairs of each name, in the order of the names' first pairs.
 
-    A cluster may be spread over groups; what it has in one is a unit. There are never more degrees of freedom than the
-    clusters leave.
+    A cluster may be spread over groups; what it has in one is a unit. Three units or more tell their own scatter: noise
+    is often larger at small sizes and few tokens. Two cannot, and get that of all groups, with no more degrees of
+    freedom than the clusters leave. (In simulations with noise a constant share of L - E, intervals of 95 % by the
+    common scatter held 82 to 100 %, by their own 89 to 99 %.)
     """
     units = number(list(zip(ids, names, strict=True)))
     name_of = dict(zip(units, names, strict=True))
-    main, effects = of_clusters(law[None], pairs, units), of_clusters(laws, pairs, units)
     groups = {name: np.array([u for u in name_of if name_of[u] == name]) for name in dict.fromkeys(names)}
-    freedom = min(len(name_of) - len(groups), int(ids.max()))
-    means = {name: (effects.weight[:, g] * effects.x[:, g]).sum(1) / effects.weight[:, g].sum(1)
-             for name, g in groups.items()}  # fmt: skip
-    scatter = sum((effects.weight[:, g] * (effects.x[:, g] - means[name][:, None]) ** 2).sum(1)
-                  for name, g in groups.items())  # fmt: skip
+    main, effects = of_clusters(law[None], pairs, units), of_clusters(laws, pairs, units)
+    scatter = sum(effects.of(group).scatter() for group in groups.values())
+    common = min(len(name_of) - len(groups), int(ids.max()))  # degrees of freedom
     found = {}
-    for name, g in groups.items():
-        x = (main.weight[0, g] * main.x[0, g]).sum() / main.weight[0, g].sum()
-        value = float(2 * np.arcsinh(x) / law.gamma)
-        if freedom < 1:
-            found[name] = Estimate(value, np.nan, np.nan).exp()
-            continue
-        error = np.sqrt(scatter / freedom / effects.weight[:, g].sum(1))
-        found[name] = estimate(value, mixture(means[name], error, laws.gamma, freedom), level).exp()
+    for name, group in groups.items():
+        value = float(2 * np.arcsinh(main.of(group).center()[0]) / law.gamma)
+        here = effects.of(group)
+        if len(group) > 2:
+            interval = estimate(value, mixture(laws.gamma, *here.mean()), level)
+        elif common > 0:
+            error = np.sqrt(scatter / common / here.weight.sum(1))
+            interval = estimate(value, mixture(laws.gamma, here.center(), error, common), level)
+        else:
+            interval = Estimate(value, np.nan, np.nan)
+        found[name] = interval.exp()
     return found
 
 
@@ -200,5 +212,5 @@ def trends(law: Law, laws: Law, pairs: Pairs, ids: Ids, level: float) -> dict[st
 def _trend(main: Array, slope: Array, error: Array, law: Law, laws: Law, freedom: Array | int, level: float) -> Trend:
     """main: the slope under the fitted law [1]; slope and error: under all [B]."""
     value = float(2 * main[0] / law.gamma)
-    distribution = mixture(slope, error, laws.gamma, freedom)
+    distribution = mixture(laws.gamma, slope, error, freedom)
     return Trend(estimate(value, distribution, level), p_of_none(slope, error, freedom))

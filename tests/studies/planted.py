@@ -56,12 +56,13 @@ def ladder(law: Sequence[float], design: Design, noise: float, rng: np.random.Ge
 def study(
     law: Sequence[float], design: Design, m: float, noise: float, rng: np.random.Generator, *, common: float = 0.0,
     trunk: float = 0.0, told: bool = False, tilt: float = 0.0, tilt_tokens: float = 0.0,
-    step_time: float | None = None, mismatch: float = 1.0,
+    step_time: float | None = None, mismatch: float = 1.0, share: float = 0.0,
 ) -> Table:  # fmt: skip
     """Activations "a" and "b"; b is worth m times the compute, times (N / 1e8)^tilt (D / 20 N)^tilt_tokens.
 
     noise: sd per run. common: sd of what both activations of a size and seed share. trunk: sd of what all budgets of
     one activation, size and seed share; told: whether the table says so. mismatch: parameters of b over those of a.
+    share: noise that is larger where L - E is, as a share of it.
     """
     runs = []
     for N in design.sizes:
@@ -73,9 +74,11 @@ def study(
                     params = N * (mismatch if name == "b" else 1.0)
                     tilted = tilt * np.log(N / 1e8) + tilt_tokens * np.log(r / 20)
                     log_m = np.log(m) + tilted if name == "b" else 0.0
+                    expected = float(loss(law, params, N * r, log_m))
+                    sd = noise + share * (expected - law[0])
                     runs.append(Run(
                         activation=name, size=f"{N:.3g}", params=params, tokens=N * r, seed=seed,
-                        loss=float(loss(law, params, N * r, log_m) + shared + branch + rng.normal(0, noise)),
+                        loss=expected + shared + branch + rng.normal(0, sd),
                         trunk=f"{name} {N:.3g} {seed}" if told else "",
                         step_time_s=None if step_time is None else (step_time if name == "b" else 1.0) * N / 1e8,
                     ))  # fmt: skip

@@ -50,6 +50,17 @@ def test_intervals_of_95_percent_cover_92_to_98(simulated, kind):
     assert 0.92 <= simulated[kind][0] / STUDIES <= 0.98
 
 
+def test_noise_may_be_larger_at_small_sizes_and_few_tokens():
+    """Of 150 studies; by the scatter of all groups, those at the smallest and at fewest tokens would hold 91, 90 %."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(150):
+        found = compare(study(CHINCHILLA, SMALL, 1.05, 0.0, rng, share=0.004), "a", "b", draws=60, workers=1)
+        groups = [*found.by_size.values(), *found.by_tokens.values()]
+        held.append([e.holds(1.05) for e in (found.multiplier, *groups)])
+    assert len(held[0]) == 1 + 3 + 3
+    assert (np.mean(held, 0) >= 0.92).all() and np.mean(held) <= 0.98
+
+
 def test_no_difference_is_rarely_found_different(simulated):
     assert simulated["no difference, seeds shared by the pair"][1] / STUDIES <= 0.06
 
