@@ -124,11 +124,13 @@ def forward(
     values, grid, options = slots(activation, p), _grid(tile, rows, columns, x.device), _options(activation, p, tile)
     with device_of(x):
         if tile.tma:
-            w_gate, w_up = _halves(activation, w, 0, (tile.n, tile.k))
-            pre_gate, pre_up = _halves(activation, pre, 1, (tile.m, tile.n // tile.parts))
+            halves, hidden, part = w.shape[0] // columns, x.shape[1], (tile.m, tile.n // tile.parts)
+            weight = TensorDescriptor(
+                w, [halves, columns, hidden], [columns * hidden, hidden, 1], [halves, tile.n, tile.k]
+            )
             hopper.forward_kernel[grid](
-                _described(x, (tile.m, tile.k)), w_gate, w_up, pre_gate, pre_up,
-                _described(y, (tile.m, tile.n // tile.parts)), contiguous(bias_W), *values, *sizes, **options,
+                _described(x, (tile.m, tile.k)), weight, *_halves(activation, pre, part), _described(y, part),
+                contiguous(bias_W), *values, *sizes, **options,
             )  # fmt: skip
         else:
             pointer.forward_kernel[grid](x, w, pre, y, contiguous(bias_W), *values, *sizes, **options)
@@ -158,7 +160,7 @@ def backward(
                 part = tile.m, tile.n // tile.parts
                 hopper.backward_kernel[grid](
                     _described(dout, (tile.m, tile.k)), _described(w, (tile.k, tile.n)),
-                    *_halves(activation, pre, 1, part), *_halves(activation, dpre, 1, part), _described(y, part),
+                    *_halves(activation, pre, part), *_halves(activation, dpre, part), _described(y, part),
                     *sums, *sizes, **options,
                 )  # fmt: skip
             else:
@@ -203,11 +205,11 @@ def _described(matrix: Tensor | None, block: tuple[int, int]) -> TensorDescripto
     return TensorDescriptor(matrix, [rows, columns], [pitch, 1], list(block))
 
 
-def _halves(activation: Activation, matrix: Tensor | None, dim: int, block: tuple[int, int]):
-    """Descriptors of the gate and the up half, which end where the other begins; ungated: of all of it, and None."""
+def _halves(activation: Activation, matrix: Tensor | None, block: tuple[int, int]):
+    """Descriptors of the gate and the up columns, which end where the others begin; ungated: of all, and None."""
     if not activation.gated:
         return _described(matrix, block), None
-    return tuple(_described(half, block) for half in matrix.chunk(2, dim))
+    return tuple(_described(half, block) for half in matrix.chunk(2, 1))
 
 
 def _tma_can_address(matrix: Tensor) -> bool:

@@ -3,8 +3,9 @@
 A program per place on the GPU takes tile after tile, and while it works on a finished one the operands of the next are
 already on their way. Tensor descriptors clip what a tile has beyond the matrix: reads are 0 there, writes are dropped.
 
-Suffixes as in `linear`. Of a gated activation, gate and up half are matrices of their own (views of one), and a tile of
-y is made from two accumulators, one of each half.
+Suffixes as in `linear`. Of a gated activation, gate and up half are matrices of their own (views of one), but for fc1's
+weight: its halves' rows of a tile are one operand, and their products one accumulator, gate first. (Of two products in
+a loop that is flattened, ptxas lets each instruction wait for the last one.)
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from megatron_xact.kernels.triton_launch import load_parameters, store_sums
 
 @triton.jit
 def forward_kernel(
-    x, w, w_up, pre, pre_up, y, bias_ptr, p0, p1, p2, rows, columns, hidden,
+    x, w, pre, pre_up, y, bias_ptr, p0, p1, p2, rows, columns, hidden,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """pre_MW = x_MH w_WH^T and y_MF = act(pre + bias_W), columns = F. pre, bias_ptr and the up's may be None."""
+    """pre_MW = x_MH w^T and y_MF = act(pre + bias_W), columns = F; w: [halves, F, H]. pre, bias_ptr and pre_up may be
+    None."""
+    HALVES: tl.constexpr = 2 if GATED else 1
     EXACT: tl.constexpr = y.dtype != tl.bfloat16
     WIDTH: tl.constexpr = TILE_N // PARTS
     tl.assume(hidden > 0)  # or there would be a second loop for that
@@ -41,28 +44,25 @@ def forward_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row_block, column_block = place(tile, rows, columns, TILE_M, TILE_N)
         row, column = row_block * TILE_M, column_block * TILE_N
-        gate_acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-        up_acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+        acc = tl.zeros((TILE_M, HALVES * TILE_N), tl.float32)
         for k in range(0, hidden, TILE_K):
-            a = x.load([row, k])
-            gate_acc = tl.dot(a, w.load([column, k]).T, gate_acc, input_precision="ieee")
-            if GATED:
-                up_acc = tl.dot(a, w_up.load([column, k]).T, up_acc, input_precision="ieee")
+            b = w.load([0, column, k]).reshape(HALVES * TILE_N, TILE_K)
+            acc = tl.dot(x.load([row, k]), b.T, acc, input_precision="ieee")
 
         finished += tl.num_programs(0)
         row_block, column_block = place(finished, rows, columns, TILE_M, TILE_N)
         row, column = row_block * TILE_M, column_block * TILE_N
-        gates, ups = parts(gate_acc, PARTS), parts(up_acc, PARTS)
+        pres = parts(acc, HALVES * PARTS)
         for i in tl.static_range(PARTS):
             first = column + i * WIDTH
             index = first + tl.arange(0, WIDTH)
-            gate = rounded(gates[i], y.dtype, INTERPRETED)
+            gate = rounded(pres[i], y.dtype, INTERPRETED)
             if pre is not None:
                 pre.store([row, first], gate)
             gate = biased(gate, bias_ptr, index, columns)
             up = 0.0
             if GATED:
-                up = rounded(ups[i], y.dtype, INTERPRETED)
+                up = rounded(pres[PARTS + i], y.dtype, INTERPRETED)
                 pre_up.store([row, first], up)
                 up = biased(up, None if bias_ptr is None else bias_ptr + columns, index, columns)
             out = activated(gate, up, p0, p1, p2, FUNCTION, GATED, EXACT, INTERPRETED)

@@ -49,7 +49,8 @@ def _compiled(kernel: triton.JITFunction, given: tuple, constants: tuple, arch: 
 
 def _described(descriptor: TensorDescriptor, how: dict) -> ptx_hopper.Described:
     row_bytes = {0: 0, 1: 32, 2: 64, 3: 128}[how["swizzle"]]
-    return ptx_hopper.Described(descriptor.base, tuple(how["block_size"]), row_bytes)
+    matrix = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+    return ptx_hopper.Described(matrix, tuple(how["block_size"]), row_bytes)
 
 
 def _is_constant(kernel: triton.JITFunction, name: str, value: object) -> bool:

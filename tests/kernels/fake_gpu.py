@@ -113,11 +113,11 @@ def violations(launch: Launch, device: int) -> list[str]:
 
 def _refusals(descriptor: TensorDescriptor) -> list[str]:
     """By cuTensorMapEncodeTiled, as documented for CUDA 13."""
-    size, (rows, columns), (pitch, _) = descriptor.base.itemsize, descriptor.shape, descriptor.strides
+    size, sizes, (*pitches, _) = descriptor.base.itemsize, descriptor.shape, descriptor.strides
     checks = {
         "address": descriptor.base.data_ptr() % 16 == 0,
-        "sizes": 1 <= min(rows, columns) and max(rows, columns) <= 1 << 32,
-        "pitch": pitch >= columns and pitch * size % 16 == 0 and pitch * size < 1 << 40,
+        "sizes": 1 <= min(sizes) and max(sizes) <= 1 << 32,
+        "pitch": pitches[-1] >= sizes[-1] and all(p * size % 16 == 0 and p * size < 1 << 40 for p in pitches),
         "box": max(descriptor.block_shape) <= 256,
     }
     return [what for what, holds in checks.items() if not holds]

@@ -80,7 +80,7 @@ def _operand(text: str) -> str | list[str]:
 
 def _places(argument: object) -> list[object]:
     """The argument at its first place among a kernel's parameters, and None at its others."""
-    return [argument, None, None, None, None] if isinstance(argument, Described) else [argument]
+    return [argument, *[None] * 2 * argument.matrix.dim()] if isinstance(argument, Described) else [argument]
 
 
 class Machine:

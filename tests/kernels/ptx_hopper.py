@@ -6,6 +6,7 @@ Matrices have 16-bit elements. Shared-memory layouts: PTX ISA, section on wgmma'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,10 @@ ROW_BYTES = {1: 128, 2: 64, 3: 32}  # of a matrix descriptor's swizzle
 
 @dataclass(frozen=True)
 class Described:
-    """A matrix that a kernel gets as a tensor map; copied in boxes of [rows, columns]."""
+    """What a kernel gets as a tensor map, a matrix or several of one size; copied in boxes of as many dimensions."""
 
     matrix: Tensor
-    box: tuple[int, int]
+    box: tuple[int, ...]
     row_bytes: int  # of the swizzle
 
 
@@ -43,12 +44,12 @@ def step(machine: Machine, opcode: str, operands: list, where: np.ndarray | None
         machine.write(operands[1], machine.registers["%tid.x"] % 32 == 0, None)
     elif opcode.startswith("mbarrier.try_wait"):
         machine.write(operands[0], np.ones(1, bool), None)
-    elif opcode.startswith("cp.async.bulk.tensor.2d.shared"):
+    elif opcode.startswith(("cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.3d.shared")):
         for memory, places, tile in _boxes(machine, operands[1], operands[0], where):
             memory[places] = tile
     elif opcode.startswith("cp.async.bulk.tensor.2d.global"):
         for memory, places, tile in _boxes(machine, operands[0], operands[1], where, writes=True):
-            tile[...] = memory[places[: tile.shape[0], : tile.shape[1]]]
+            tile[...] = memory[places[tuple(map(slice, tile.shape))]]
     else:
         _multiply(machine, opcode, operands)
 
@@ -59,26 +60,25 @@ def _boxes(machine: Machine, described: str, pointer: str, where: np.ndarray | N
     What a box has beyond the matrix is 0 where read, and left out (of a view of the matrix) where written.
     """
     number, coordinates = described[1:-1].split(",", 1)
-    column_name, row_name = (c.strip() for c in coordinates.strip()[1:-1].split(","))
+    names = [c.strip() for c in coordinates.strip()[1:-1].split(",")]  # the innermost dimension's first
     shape = machine.program.shape
-    read = [np.broadcast_to(machine.read(o, 4), shape) for o in (number, column_name, row_name)]
+    read = [np.broadcast_to(machine.read(o, 4), shape) for o in (number, *reversed(names))]
     address = machine.address(pointer)
     for thread in np.flatnonzero(np.broadcast_to(where, shape)):
-        map_number, column, row = (int(v[thread].astype(np.int32)) for v in read)
+        map_number, *start = (int(v[thread].astype(np.int32)) for v in read)
         given: Described = machine.described[map_number]
-        rows, columns = given.box
-        places = np.arange(rows)[:, None] * columns * 2 + np.arange(columns) * 2
-        assert columns * 2 == given.row_bytes or not given.row_bytes, "a box is as wide as the swizzle"
+        places = np.arange(math.prod(given.box)).reshape(given.box) * 2
+        assert given.box[-1] * 2 == given.row_bytes or not given.row_bytes, "a box is as wide as the swizzle"
         places = _swizzled(int(address[thread]) + places, given.row_bytes) // 2
         memory = machine.shared[machine.program[thread]].view(np.int16)
         whole = given.matrix.view(torch.int16).numpy()
-        assert row >= 0 and column >= 0
-        inside = whole[row : row + rows, column : column + columns]
+        assert min(start) >= 0
+        inside = whole[tuple(slice(first, first + n) for first, n in zip(start, given.box, strict=True))]
         if writes:
             yield memory, places, inside
         else:
-            tile = np.zeros((rows, columns), np.int16)
-            tile[: inside.shape[0], : inside.shape[1]] = inside
+            tile = np.zeros(given.box, np.int16)
+            tile[tuple(map(slice, inside.shape))] = inside
             yield memory, places, tile
 
 

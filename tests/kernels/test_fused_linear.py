@@ -291,16 +291,16 @@ def compile_tile(name, direction, tile, arch, dtype="bf16", bias=False, divisibl
     kernel = module.forward_kernel if direction == triton_gemm.FORWARD else module.backward_kernel
     data = f"*{dtype}"
 
-    def described(rows, columns):
-        return f"tensordesc<{dtype}[{rows}, {columns}]>"
+    def described(*sizes):
+        return f"tensordesc<{dtype}{list(sizes)}>"
 
     part = described(tile.m, tile.n // tile.parts)
     half = part if record.gated else None
-    weight = described(tile.n, tile.k) if direction == triton_gemm.FORWARD else described(tile.k, tile.n)
+    forward_weight = described(1 + record.gated, tile.n, tile.k)
+    weight = forward_weight if direction == triton_gemm.FORWARD else described(tile.k, tile.n)
     given = {
         "x": described(tile.m, tile.k), "dout": described(tile.m, tile.k),
-        "w": weight, "w_up": weight if record.gated else None,
-        "pre": part, "pre_up": half, "dpre": part, "dpre_up": half, "y": part,
+        "w": weight, "pre": part, "pre_up": half, "dpre": part, "dpre_up": half, "y": part,
         **dict.fromkeys(["x_ptr", "dout_ptr", "w_ptr", "pre_ptr", "dpre_ptr", "y_ptr"], data),
         "bias_ptr": data if bias else None, "dbias_ptr": "*fp32" if bias else None, "dp_ptr": "*fp32",
         "rows": "i32", "columns": "i32", "hidden": "i32",
@@ -335,6 +335,8 @@ def violations(binary, name, direction, tile, arch):
         found.append(f"special functions: {binary.count('MUFU') / binary.elements} per element")
     if not binary.count("HGMMA" if arch == 90 else "HMMA"):
         found.append("no tensor cores")
+    if arch == 90 and binary.count("WARPGROUP.ARRIVE") > binary.count("HGMMA") // 4:  # four make a TILE_K of 64
+        found.append("instructions of a product wait for each other")
     if binary.count("F2F."):
         found.append(f"{binary.count('F2F.')} roundings one by one")
     if tile.tma and not (binary.count("UTMALDG") and binary.count("UTMASTG")):
@@ -427,6 +429,13 @@ def test_a_missing_tensor_core_and_an_extra_special_function_are_noticed():
     case = ("relu2", "forward", Tile(64, 64, 16, 2, 4, 2, tma=False), 80)
     found = found_in(case, dtype="fp32", FUNCTION=xielu, INTERPRETED=True)
     assert "no tensor cores" in found and "special functions: " in found
+
+
+def test_products_that_wait_for_each_other_are_noticed():
+    case = first("forward")
+    binary = compile_tile(*case)
+    waiting = binary.instructions | {"WARPGROUP.ARRIVE": binary.count("HGMMA")}
+    assert "wait for each other" in " | ".join(violations(replace(binary, instructions=waiting), *case))
 
 
 def test_narrow_accesses_are_noticed():

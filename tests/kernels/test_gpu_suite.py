@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_xact.kernels import benchmark, fp8_product, reference
+from megatron_xact.kernels import benchmark, fp8, fp8_product, reference
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -66,6 +66,14 @@ def test_sections_as_processes_on_the_cpu(tmp_path):
 def test_sections_on_the_cpu(name, tmp_path):
     data, status, _ = of(SECTIONS[name].run, tmp_path)
     assert status == "ok" and (data.targets or data["seconds"])
+
+
+def test_every_cast_to_fp8_is_checked_of_gated_activations_too(tmp_path):
+    data, status, _ = of(SECTIONS["fp8"].run, tmp_path, Context(CPU, quick=True, part=0, parts=22))
+    casts = {(way, str(dtype)) for way in ("blockwise", "any blockwise", "tensor") for dtype in fp8.DTYPES}
+    assert status == "ok" and data["steps"].keys() == {
+        f"{name} {way} {dtype}" for name in ("xielu", "swiglu") for way, dtype in casts
+    }
 
 
 def test_every_way_of_an_mlp_is_checked_and_timed(tmp_path):
