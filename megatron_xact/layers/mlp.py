@@ -53,11 +53,7 @@ class ActivationMLP(MLP):
             preact, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, F/tp] or [s, b, 2 F/tp]
             postact = self.activation_func(preact, bias)  # [s, b, F/tp]
             output, bias = apply_module(self.linear_fc2)(postact)
-        if bias is not None and not torch.is_grad_enabled():  # as in a checkpointed MLP (recompute_modules = ["mlp"])
-            # The checkpoint returns it as an output of its own: autograd would make the parameter itself a node of the
-            # graph, whose backward is the recomputation, which comes to the parameter again, without end.
-            bias = bias.clone()
-        return output, bias
+        return output, to_return(bias)
 
     @classmethod
     def as_mlp_submodule(
@@ -74,3 +70,12 @@ class ActivationMLP(MLP):
         # Megatron's layers leave the ffn size out, and its MLP then warns that this is deprecated.
         kwargs = {"ffn_hidden_size": config.ffn_hidden_size} | kwargs
         return cls(config, submodules, tp_group=pg_collection.tp, activation=activation, **kwargs)
+
+
+def to_return(bias: Tensor | None) -> Tensor | None:
+    """fc2's bias, which the MLP leaves to the layer to add; a copy in a checkpointed MLP (recompute_modules = ["mlp"]).
+
+    The checkpoint returns it as an output of its own: autograd would make the parameter itself a node of the graph,
+    whose backward is the recomputation, which comes to the parameter again, without end.
+    """
+    return bias.clone() if bias is not None and not torch.is_grad_enabled() else bias

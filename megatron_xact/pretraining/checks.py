@@ -353,6 +353,14 @@ def optimizer(args: Namespace, activation: ActivationConfig) -> None:
             "optimizer-cpu-offload does not go with a trainable activation, whose parameters are fp32: use engine = "
             "'deepspeed' in [xact] with offload-optimizer = true in [deepspeed]"
         )
+    sixteen_bit_gradients = args.bf16 and (args.grad_reduce_in_bf16 or args.main_grads_dtype == "bf16")
+    if learned and args.use_precision_aware_optimizer and sixteen_bit_gradients:
+        # TransformerEngine's kernels take all gradients for the first one's dtype, and those of alphas are fp32.
+        key = "grad-reduce-in-bf16" if args.grad_reduce_in_bf16 else "main-grads-dtype"
+        raise ValueError(
+            f"{key} = {args.grad_reduce_in_bf16 or args.main_grads_dtype!r} with use-precision-aware-optimizer does "
+            f"not go with a trainable activation, whose gradients are fp32: leave {key} out"
+        )
 
 
 # What is written for Megatron's buffers of gradients, and what has not been tried.

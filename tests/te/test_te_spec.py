@@ -52,6 +52,10 @@ def test_te_operations_wait_for_parameters_by_hooks_that_ddp_adds_after_the_firs
         assert built["run"][way]["awaited"] == sorted(built["operations"]["classes"].values())
 
 
+def test_recomputed_te_operations_with_biases_have_the_same_gradients(built):
+    assert "linear_fc2.bias" in built["recomputed"] and set(built["recomputed"].values()) == {0.0}
+
+
 # --- mlp = "auto" -----------------------------------------------------------------------------------------------------
 FIRST, LAST = ["RMSNorm"], ["AllReduce"]
 APART = [*FIRST, "BasicLinear", "ActivationOperation", "BasicLinear", *LAST]

@@ -594,6 +594,17 @@ def test_a_graph_of_the_optimizer_would_keep_the_alphas_first_learning_rate(tiny
         validate(tiny.with_overrides(["--optimizer-cuda-graph"], ["activation.lr-mult=2.0"]), 1)
 
 
+@pytest.mark.parametrize("words", [["--main-grads-dtype", "bf16"], ["--grad-reduce-in-bf16"]], ids=" ".join)
+def test_gradients_of_two_dtypes_do_not_reach_kernels_that_know_one(tiny, words):
+    """TransformerEngine's norm would read half of an alpha's fp32 gradient as a bf16 number, any number."""
+    aware = tiny.with_overrides(["--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer"])
+    validate(aware)
+    with pytest.raises(ValueError, match=f"{words[0][2:]} = .* whose gradients are fp32: leave {words[0][2:]} out$"):
+        validate(aware.with_overrides(words))
+    validate(aware.with_overrides(words, ["activation.trainable=[]"]))
+    validate(tiny.with_overrides(["--bf16", "--use-distributed-optimizer", "--grad-reduce-in-bf16"]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are CUDA graphs here")
 @pytest.mark.parametrize("words", [["--cuda-graph-impl", "local"], ["--enable-cuda-graph"]], ids=" ".join)
 def test_cuda_graphs_need_a_gpu(tiny, words):

@@ -11,7 +11,7 @@ from transformer_engine.pytorch.ops import GEGLU, GELU, Sequential
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import mlp_choice
 from megatron_xact.layers import fused_mlp, parallel_linear
-from megatron_xact.layers.mlp import ActivationMLP
+from megatron_xact.layers.mlp import ActivationMLP, to_return
 from megatron_xact.layers.te.joint import JOINT_FUSION
 from megatron_xact.layers.te.linear_input import QuantizingActivation
 from megatron_xact.layers.te.operation import ActivationOperation, without_forward_hooks
@@ -45,7 +45,8 @@ class OperationMLP(ActivationMLP, TEFusedMLP):
             if self.way != fused_mlp.UNFUSED:
                 self.activation_func.fused_linear = self.way
                 self._fused_impl = None  # made anew, if by an evaluation before: TE keeps what it has not joined
-        return TEFusedMLP.forward(self, hidden_states)
+        output, bias = TEFusedMLP.forward(self, hidden_states)
+        return output, to_return(bias)
 
     def _unfit(self) -> str | None:
         """Why the linear layers stay TE's, or None."""
