@@ -24,7 +24,8 @@ CURVES = [
     ("zero2 dp2@8 to zero3 tp2", "one", FP32),
     ("zero2 policy tp2", "policy", (FP32[0], 10 * FP32[1])),  # alphas move ten times as far, and so does rounding
 ]
-OTHERS = {"zero3 bf16 dp2@8", "zero3 tp2 dp2@8 by megatron"}
+RESUMED = {"zero3 bf16 dp2@8": "zero3 bf16 dp2", "zero1 offload@8": "zero1 offload"}
+OTHERS = {*RESUMED, "zero3 tp2 dp2@8 by megatron"}
 NAMES = {name for curve in CURVES for name in curve[:2]} | OTHERS
 
 
@@ -47,9 +48,10 @@ def test_the_policy_moves_alphas_by_far_more_than_is_tolerated(runs):
     assert alpha > 1000 * FP32[1]
 
 
-def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(runs):
+@pytest.mark.parametrize("name", sorted(RESUMED))
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(runs, name):
     """Also its fp32 masters are, of which a bf16 model cannot tell the last bits."""
-    assert deviations(runs["zero3 bf16 dp2@8"], runs["zero3 bf16 dp2"]) == (0.0, 0.0)
+    assert deviations(runs[name], runs[RESUMED[name]]) == (0.0, 0.0)
 
 
 def test_megatron_goes_on_from_the_weights(runs):

@@ -82,6 +82,9 @@ def import_deepspeed():
     import deepspeed
     from deepspeed.utils import logger
 
+    if cpu_platform.is_active():
+        # A collective for inference, which it would compile first, for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("WARNING")
     return deepspeed
 

@@ -84,6 +84,7 @@ class ZeroOptimizer:
         """(True, gradient norm over all ranks before clipping, None). RuntimeError: the norm is not finite."""
         gradients = self._averaged_alpha_gradients()
         self._alpha_norm = float(gradients.norm())
+        self._forget_powers()
         self._zero.engine.step()  # which calls _clip_partition
         norm = self._norm()
         if not (math.isfinite(norm) and self._zero.engine.was_step_applied()):  # ZeRO 3 skips such a step by itself
@@ -94,6 +95,19 @@ class ZeroOptimizer:
             self._adam.step()
             self._adam.zero_grad()
         return True, norm, None
+
+    def _forget_powers(self) -> None:
+        """Of the betas: DeepSpeed's AdamW for the host multiplies them up from step to step, in fp32, so that those of
+        a resumed run would differ in the last bit. It computes them at a step that does not follow its last one, as any
+        does after a step 0, of no elements.
+        """
+        if isinstance(self.base, torch.optim.AdamW):
+            return
+        group, nothing = self.base.param_groups[0], torch.empty(0)
+        self.base.ds_opt_adam.adam_update(
+            self.base.opt_id, 0, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+            group["bias_correction"], nothing, nothing, nothing, nothing,
+        )  # fmt: skip
 
     def _averaged_alpha_gradients(self) -> Tensor:
         """[alphas], fp32, of the mean loss over data-parallel ranks."""
