@@ -21,8 +21,8 @@ from training import MARKS, TP2, Run, Trainings, copy_of, trainings
 from warm import Life, Warm
 
 from megatron_xact.pretraining import arguments, status
-from megatron_xact.pretraining.checkpointing import choice
-from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off, saved_steps
+from megatron_xact.pretraining.checkpointing import choice, retention
+from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off, name_of, saved_steps
 from megatron_xact.pretraining.checkpointing.keeper import Keeper, _save_follows
 from megatron_xact.pretraining.config import XactConfig, load
 
@@ -272,6 +272,25 @@ def test_what_has_just_been_saved_and_is_not_whole_costs_no_other_checkpoint(sav
     Keeper(folder, XactConfig(keep_checkpoints=1), said)._look_after(12)
     assert "iter_0000012, which has just been saved, is damaged: __0_0.distcp has" in said.getvalue()
     assert saved_steps(folder) == [4, 8, 12] and not (folder / "iter_0000012" / "integrity.json").exists()
+
+
+def test_older_ones_go_once_the_new_one_is_on_the_disk(saved, tmp_path, monkeypatch):
+    """A machine that crashed could otherwise find none that is whole: Megatron syncs the shards, and no more."""
+    folder, on_disk, fsync, swept = copy_of(saved, tmp_path / "run"), set(), os.fsync, []
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk.add(os.fstat(number).st_ino)
+
+    def sweep(folder: Path, newest: int, *_: int) -> None:
+        files = [*(folder / name_of(newest)).iterdir(), folder / TRACKER]
+        swept.extend(file.name for file in files if file.stat().st_ino in on_disk)
+
+    (folder / "iter_0000012" / "integrity.json").unlink()
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(retention, "sweep", sweep)
+    Keeper(folder, XactConfig(keep_checkpoints=1), io.StringIO())._look_after(12)
+    assert {*swept} == {".metadata", "metadata.json", "__0_0.distcp", "integrity.json", TRACKER}
 
 
 def test_what_a_kill_left_to_look_after_is_looked_after_by_the_next_life(server, words, saved, tmp_path):

@@ -24,6 +24,7 @@ from megatron_xact.pretraining.checkpointing import checksums, retention, space
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, damage, name_of, tracked
 from megatron_xact.pretraining.config import XactConfig
 from megatron_xact.pretraining.files import why_not
+from megatron_xact.whole import sync
 
 
 class Keeper:
@@ -84,6 +85,9 @@ class Keeper:
                 self._tell(f"checkpoint {checkpoint}, which has just been saved, {problem}")
                 return
             self._needed = space.size_of(checkpoint)
+            # Megatron waits for the disk with its shards alone, and a machine that crashes must find one whole.
+            for file in (*filter(Path.is_file, checkpoint.rglob("*")), self.folder / TRACKER):
+                sync(file)
             if self.settings.checksums and not checksums.are_there(checkpoint) and (checkpoint / ".metadata").is_file():
                 checksums.write(checkpoint)
             retention.sweep(self.folder, step, self.settings.keep_checkpoints, self.settings.keep_every)
