@@ -1,5 +1,5 @@
 # What the launch scripts set for every rank, and why. Sourced; what is set already is kept, so that a cluster's own
-# settings come first. CUDA_DEVICE_MAX_CONNECTIONS=1, Megatron's demand, is set by the trainer (pretraining/platform.py).
+# settings come first. CUDA_DEVICE_MAX_CONNECTIONS=1, Megatron's demand, is set by the trainer (pretraining/run.py).
 
 # A failed NCCL collective ends its process at once (torch's default, 3: without cleaning up, which can hang), so that
 # the launcher sees the failure.

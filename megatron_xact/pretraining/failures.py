@@ -4,8 +4,8 @@ kind       what happened                                                        
 killed     a rank ended without a word: kill -9, out of memory, its node lost;   on-failure
            or a worker of its data loader did
 hang       no step was completed within hang-timeout                             on-failure
-network    a collective failed (mostly because another rank had failed), or a    on-failure
-           file system or host could not be reached
+network    a collective failed or NCCL aborted the rank (mostly because another  on-failure
+           had failed), or a file system or host could not be reached
 device     an error of the GPU or its driver                                     on-failure
 node       a node's launcher is not heard of any more                            on-failure
 launcher   srun or torchrun ended before any rank began                          stop: it would again
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_xact.pretraining.files import why_not
-from megatron_xact.pretraining.status import Status
+from megatron_xact.pretraining.status import Status, crash, crash_path
 
 ON_FAILURE = ("killed", "hang", "network", "device", "node")
 FILE = "failures.jsonl"
@@ -95,6 +95,18 @@ def of_megatrons_exit(code: int) -> tuple[str, str]:
     if code in (16, 17):
         return "nan", "Megatron's rerun machine refused the result of this step; it tells more in the log"
     return "error", f"Megatron's loop ended with exit code {code}"
+
+
+def add_crashes(folder: Path, statuses: dict[int, Status]) -> None:
+    """The last words of ranks that a fatal signal of their own ended."""
+    for status in statuses.values():
+        if status.kind is None and (what := crash(folder, status.rank)) is not None:
+            stacks = f"(stacks in {crash_path(folder, status.rank)})"
+            if what == "Aborted":
+                reason = "aborted, as NCCL does where the network, a GPU or another rank has failed"
+                status.kind, status.reason = "network", f"{reason} {stacks}"
+            else:
+                status.kind, status.reason = "killed", f"ended by itself: {what} {stacks}"
 
 
 def root_cause(statuses: dict[int, Status], ranks: range) -> Failure:

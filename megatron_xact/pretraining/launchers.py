@@ -102,3 +102,5 @@ def adopt_slurm_rank() -> None:
     if os.environ.get("XACT_LAUNCHER") == "srun" and "RANK" not in os.environ:
         theirs = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
         os.environ.update({ours: os.environ[name] for ours, name in theirs.items()})
+        if os.environ.get("CUDA_VISIBLE_DEVICES") and "," not in os.environ["CUDA_VISIBLE_DEVICES"]:
+            os.environ["LOCAL_RANK"] = "0"  # Megatron's GPU; this task sees its own alone (sbatch --gpus-per-task)

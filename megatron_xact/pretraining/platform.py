@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,10 @@ from megatron_xact.installed import present
 from megatron_xact.pretraining import cpu_platform, mends
 from megatron_xact.pretraining.arguments import Value
 from megatron_xact.pretraining.config import RunConfig
+from megatron_xact.pretraining.status import host_name
+
+if TYPE_CHECKING:
+    from megatron_xact.pretraining.checkpointing.choice import Ranks
 
 
 def prepare(config: RunConfig) -> dict[str, Value]:
@@ -18,10 +23,10 @@ def prepare(config: RunConfig) -> dict[str, Value]:
 
     ValueError: the config asks for what this machine lacks.
     """
-    # One queue of work per device, for Megatron's overlap of tensor-parallel communication. CUDA reads it when it
-    # starts, which asking for a device may make it do.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        _refuse_more_ranks_than_gpus()
+    else:
+        _refuse_to_leave_gpus_idle()
         cpu_platform.activate()
     mends.apply()
     has_gpu = not cpu_platform.is_active()
@@ -62,6 +67,49 @@ def missing_arguments(has_gpu: bool, has_te: bool) -> dict[str, Value]:
     if not has_gpu:
         arguments |= {"distributed-backend": "gloo", "use-cpu-initialization": True}
     return arguments
+
+
+def _refuse_more_ranks_than_gpus() -> None:
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= gpus:
+        raise ValueError(
+            f"a rank needs a GPU of its own: this one is number {rank} on its machine, from 0, and sees {gpus}; start "
+            "fewer (--nproc-per-node)"
+        )
+
+
+def _refuse_to_leave_gpus_idle() -> None:
+    """Of a job that got GPUs which torch cannot use, the driver being too old for it: it would train on the CPU."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if gpus == "0" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    try:
+        torch.cuda.init()
+        why = "it sees none"
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split())
+    raise ValueError(
+        f"this job has {gpus} GPU(s) here that torch {torch.__version__} cannot use: {why} (`nvidia-smi` and `xact "
+        "doctor` tell more; CUDA_VISIBLE_DEVICES= is for training on the CPU)"
+    )
+
+
+def refuse_a_node_without_gpus(ranks: Ranks) -> None:
+    """ValueError, the same on every rank: some of them see no GPU, and would train on the CPU, the others on theirs.
+
+    A collective.
+    """
+    seen = ranks.to_first("gpu seen", [host_name(), torch.cuda.is_available()])
+
+    def compare() -> None:
+        blind = sorted({host for host, gpu in seen if not gpu})
+        if blind and any(gpu for _, gpu in seen):
+            raise ValueError(
+                f"no GPU is seen on {', '.join(blind)}, but on other nodes there is (`nvidia-smi` there may tell why): "
+                "leave such a node out, with SLURM by sbatch --exclude"
+            )
+
+    ranks.first_does("gpus compared", compare)
 
 
 def default_processes(config: RunConfig) -> int:

@@ -11,8 +11,8 @@ WORLD_SIZE, it is one of the ranks. What a run writes lies in its `save` folder:
     statistics.jsonl                             every layer's sparsity and outliers
     report.json, plots/, tensorboard/            the result in numbers and pictures; Megatron's scalars and ours
     failures.jsonl, requeue                      what failed and what was done; there after a signal: saved, to go on
-    logs/                                        each rank's last word and, after a hang, its stacks; with --quiet,
-                                                 what it printed
+    logs/                                        each rank's last word and, after a hang or crash, its stacks; with
+                                                 --quiet, what it printed
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 def main(args: argparse.Namespace) -> int:
     """The subcommand. Raises ValueError or OSError, before anything is written, for what cannot run here."""
+    # One queue of work per GPU, for Megatron's overlap of tensor-parallel communication. CUDA reads it when it starts,
+    # which importing TransformerEngine may make it do.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     config = _asked_for(args)
     if args.print_args:
         print(shlex.join(config.arguments()))
@@ -173,14 +176,16 @@ def _output(config: RunConfig, quiet: bool):
     except BaseException as error:
         # The user's errors, and Ctrl-C, are told in one line.
         if not isinstance(error, (SystemExit, ValueError, OSError, KeyboardInterrupt)):
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                traceback.print_exc()
             if "XACT_ATTEMPT" in os.environ:  # the launcher tells it, of the rank that failed first
                 raise SystemExit(exits.FAILED) from None
             print(f"xact: rank {os.environ['RANK']} stopped; its output is in {log.name}", file=terminal)
         raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         for fd, was in zip((1, 2), keep, strict=True):
             os.dup2(was, fd)
         log.close()
@@ -195,6 +200,7 @@ def _train(config: RunConfig, run_folder: Path | None, watchdog: Watchdog, termi
         validate(config)
         for_platform = platform.prepare(config)
         ranks = Ranks()
+        platform.refuse_a_node_without_gpus(ranks)
         words = _words(config, for_platform, run_folder) + _choose_checkpoint(config, ranks, terminal)
         args, container, monitor, keeper, stop = _set_up(config, words, run_folder, terminal, watchdog.progress)
     except (AssertionError, ValueError, OSError) as error:
@@ -249,7 +255,7 @@ def _diagnosis(error: BaseException, args: argparse.Namespace, run_folder: Path 
     from megatron.core import mpu
     from torch.distributed.checkpoint import CheckpointException
 
-    from megatron_xact.pretraining.checkpointing.space import NoSpace, is_disk_full, why_not_written
+    from megatron_xact.pretraining.checkpointing.space import NoSpace, is_unwritable, why_not_written
     from megatron_xact.pretraining.guards import ReplicaMismatch
 
     first = args.rank == 0  # says what every rank meets alike
@@ -259,7 +265,7 @@ def _diagnosis(error: BaseException, args: argparse.Namespace, run_folder: Path 
         return "error", str(error), first
     if isinstance(error, CheckpointException):
         return "error", why_not_written(error, run_folder), first
-    if is_disk_full(error):
+    if is_unwritable(error):
         return "error", why_not_written(error, run_folder), True
     if isinstance(error, RuntimeError):
         kind, reason = failures.of_exception(error)

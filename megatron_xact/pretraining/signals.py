@@ -49,6 +49,8 @@ def hold(name: str | None = None) -> None:
 def hold_in_rank(name: str) -> None:
     """`hold`, for a process whose libraries start others through multiprocessing."""
     hold(name)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent may be killed at one blow with the launcher above it
+        end_with_parent()
     # It unblocks SIGTERM when it starts, which would otherwise be just before the first helper (Python 3.12).
     resource_tracker.ensure_running()
     hold(name)
@@ -67,7 +69,7 @@ def _end_children() -> None:
 
 
 def end_with_parent() -> None:
-    """In a process that has just been started, also for what it becomes: SIGTERM once its parent has died.
+    """In a process that has been started, also for what it becomes: SIGTERM once its parent has died.
 
     So no run goes on without its launcher; its ranks save what they have done and end.
     """

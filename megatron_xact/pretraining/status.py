@@ -52,6 +52,20 @@ def read(folder: Path, attempt: str, ranks: range) -> dict[int, Status]:
     return {rank: s for rank, s in found.items() if s is not None and s.attempt == attempt}
 
 
+def crash_path(folder: Path, rank: int) -> Path:
+    """What Python's faulthandler writes when a fatal signal ends a rank, which then has no last word."""
+    return path(folder, rank).with_suffix(".crash")
+
+
+def crash(folder: Path, rank: int) -> str | None:
+    """What ended it so, in Python's words, e.g. "Aborted" or "Segmentation fault"; None: nothing did."""
+    try:
+        first = crash_path(folder, rank).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return None
+    return first.removeprefix("Fatal Python error: ") or None
+
+
 def of_file(file: Path) -> Status | None:
     """None where there is no whole status, or another version's."""
     try:

@@ -151,6 +151,7 @@ class Supervisor:
         if run is None:  # nowhere to read what happened, and nothing to start again from
             return _of_code(returned)
         said = status.read(status.folder_of(run), attempt, self.plan.ranks)
+        failures.add_crashes(status.folder_of(run), said)
         # Listed, not asked for by name: NFS may go on for a minute to deny what rank 0 has made on another node.
         if run.is_dir() and FLAG in os.listdir(run):
             return self._preempted(status.read_json(run / FLAG).get("signal"), said)
@@ -159,7 +160,7 @@ class Supervisor:
         if any(s.kind == "interrupted" for s in said.values()):  # by a Ctrl-C that came to the ranks themselves
             print(status.interrupted(run), file=sys.stderr)
             return exits.INTERRUPTED
-        failure = self._failure(said)
+        failure = self._failure(said, returned)
         if failure.kind == "user":
             if 0 not in said or said[0].kind != "user":  # else that rank has told it
                 print(f"xact: error: {failure.line()}", file=sys.stderr, flush=True)
@@ -183,13 +184,16 @@ class Supervisor:
         file = self.plan.folder / "logs" / more
         return f" (see {file})" if more and file.is_file() else ""
 
-    def _failure(self, said: dict) -> Failure:
+    def _failure(self, said: dict, returned: int) -> Failure:
         lost = [node for node, words in self.nodes.followers().items() if not words and self.nodes.has_begun(node)]
         if lost:
             return Failure("node", None, f"node {lost[0]}", max((s.step for s in said.values()), default=-1),
                            "its launcher is not heard of any more")  # fmt: skip
         if not said and self._over_elsewhere:
             return Failure("launcher", None, "", -1, self._over_elsewhere)
+        if not said and returned == 128 + signal.SIGKILL:  # as torchrun's agent here and srun tell it
+            reason = "a rank was ended by SIGKILL (or out of memory) while it was starting"
+            return Failure("killed", None, "", -1, reason)
         return failures.root_cause(said, self.plan.ranks)
 
     def _policy(self, failure: Failure) -> tuple[str, int | None]:

@@ -6,6 +6,9 @@ the judges and look at the statuses of all: one that does not beat any more is s
 that beats but is not inside a collective, as the rest are, is asleep or busy in Python; else the one with the fewest
 steps is behind. The other ranks take over what a judge says; where none speaks, since all of them are stopped or gone,
 each looks at all statuses itself. All ranks end with the exit code for a hang, so that the launcher acts.
+
+Over NCCL a collective returns at once. The GPU then waits in it, and the host in the first call after it that wants a
+result, be it `.item()`: so a rank whose GPU has work left counts as inside a collective, too.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_xact.pretraining import exits, failures, signals
 from megatron_xact.pretraining import status as status_files
 from megatron_xact.pretraining.files import why_not
 from megatron_xact.pretraining.status import Status
 
-PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save
-_SLOW = ("save_checkpoint",)
+if TYPE_CHECKING:
+    import torch
+
+PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save, the pictures
+_SLOW = ("save_checkpoint", "_tell_results")  # functions under way
 JUDGES = 8  # at most; each reads every rank's status twice, the others only what these say
 BEATS = 4  # between two looks at the statuses
 SILENT = "it is not heard of any more: stopped, or its node is lost"
@@ -50,12 +56,15 @@ class Watchdog(threading.Thread):
         self.supervised = bool(self.status.attempt)
         self._progress = time.monotonic()
         self._steps_here = 0
+        self._gpu = None  # the stream on which the trainer computes, once it does
+        self._crash: TextIO | None = None
         self._over = threading.Event()
         self._writing = threading.Lock()
 
     def __enter__(self) -> Watchdog:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._record_crashes()
         self._beat()
         self.start()
         return self
@@ -63,11 +72,25 @@ class Watchdog(threading.Thread):
     def progress(self, step: int | None = None) -> None:
         """Something got done: a microbatch, or with `step` that many steps of the run. Cheap; called by the trainer."""
         self._progress = time.monotonic()
+        if self._gpu is None:
+            self._gpu = _stream_of_this_thread()
         if step is not None:
             self.status.step = step
             self._steps_here += 1
 
+    def _record_crashes(self) -> None:
+        """NCCL aborts a rank when another one has died: without this, the two could not be told apart."""
+        if not faulthandler.is_enabled():
+            with contextlib.suppress(OSError):
+                self._crash = open(status_files.crash_path(self.folder, self.status.rank), "w", encoding="utf-8")
+                faulthandler.enable(self._crash)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self._crash is not None:
+            faulthandler.disable()
+            with contextlib.suppress(OSError):
+                self._crash.close()
+                os.unlink(self._crash.name)
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.end("done", "")
         elif isinstance(error, SystemExit):
@@ -96,7 +119,10 @@ class Watchdog(threading.Thread):
 
     def _beat(self) -> None:
         stalled = self.timeout and time.monotonic() - self._progress > self.timeout / 2
-        where, waiting = position(_main_frame()) if stalled else ("", False)
+        where, waiting = "", False
+        if stalled:
+            where, waiting = position(_main_frame())
+            waiting = waiting or _has_work(self._gpu)
         with self._writing:
             if self.status.kind is None:
                 self.status.beat += 1
@@ -116,8 +142,8 @@ class Watchdog(threading.Thread):
         return True
 
     def _allowed(self) -> float:
-        saving = any(frame.f_code.co_name in _SLOW for frame, _ in traceback.walk_stack(_main_frame()))
-        return self.timeout * (PATIENCE if saving or not self._steps_here else 1)
+        slow = any(frame.f_code.co_name in _SLOW for frame, _ in traceback.walk_stack(_main_frame()))
+        return self.timeout * (PATIENCE if slow or not self._steps_here else 1)
 
     def _tell_hang(self) -> None:
         if self.folder is not None:
@@ -205,6 +231,19 @@ def position(frame: FrameType) -> tuple[str, bool]:
     innermost, line = frames[0]
     file = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
     return f"{innermost.f_code.co_name} ({file}, line {line})", waiting
+
+
+def _stream_of_this_thread() -> torch.cuda.Stream | None:
+    """None where no GPU is in use. Another thread would be told of a stream, and a GPU, of its own."""
+    torch = sys.modules.get("torch")  # imported by the trainer, if at all
+    return torch.cuda.current_stream() if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _has_work(stream: torch.cuda.Stream | None) -> bool:
+    try:
+        return stream is not None and not stream.query()
+    except RuntimeError:  # the GPU has failed, which the trainer's next call tells
+        return False
 
 
 def _main_frame() -> FrameType:

@@ -215,6 +215,30 @@ def test_a_last_word_for_which_there_is_no_room_is_printed_and_leaves_nothing(tm
     assert not list(status.folder_of(tmp_path).iterdir())
 
 
+def test_a_log_for_which_there_is_no_room_hides_nothing(tmp_path):
+    """With --quiet: what libraries have printed is written when the log is closed at the latest."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.log").symlink_to("/dev/full")
+    program = """if True:
+        import sys
+        from types import SimpleNamespace
+        from megatron_xact.pretraining.run import _output
+        with _output(SimpleNamespace(megatron={"save": sys.argv[1]}), quiet=True) as terminal:
+            print("a step")
+            print("xact: error: no room for the next checkpoint", file=terminal)
+        with _output(SimpleNamespace(megatron={"save": sys.argv[1]}), quiet=True):
+            print("a step")
+            raise RuntimeError("training stopped by an unexpected error")
+    """
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    environment.pop("XACT_ATTEMPT", None)
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    told = subprocess.run(words, env=environment, capture_output=True, text=True).stderr
+    lines = "xact: error: no room for the next checkpoint\nxact: rank 0 stopped; its output is in "
+    assert told.startswith(lines), told
+    assert told.endswith("RuntimeError: training stopped by an unexpected error\n"), told
+
+
 DONE = {"kind": "done"}
 BROKEN = {"kind": "network", "reason": "Connection closed by peer", "time": 1003.0}
 
@@ -366,6 +390,39 @@ def test_what_only_other_ranks_lack_is_told_by_the_launcher(supervised, capsys, 
     assert told in err and (err == "") == (told == "") and err.count("no such file") == bool(told)
 
 
+ORPHAN = """
+import time
+from pathlib import Path
+from megatron_xact.pretraining import signals
+
+signals.hold_in_rank("SIGUSR1")
+Path("began").write_text("now")
+until = time.monotonic() + 20.0
+while not signals.received() and time.monotonic() < until:
+    time.sleep(0.05)
+Path("got").write_text(str(signals.received()))
+"""
+
+
+def test_ranks_end_with_all_launchers_above_them(tmp_path):
+    """torchrun's agent passes on what the death of the one above it makes; here both are gone."""
+
+    def text_of(file: str) -> str:
+        deadline = time.monotonic() + 100.0
+        while not ((tmp_path / file).exists() and (text := (tmp_path / file).read_text())):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return text
+
+    (tmp_path / "rank.py").write_text(ORPHAN)
+    words = [sys.executable, "-m", "megatron_xact.pretraining.agent", "--standalone", "rank.py"]
+    agent = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert text_of("began")
+    agent.kill()
+    agent.wait()
+    assert text_of("got") == "SIGTERM"
+
+
 # What rank 1 does; rank 0 ends well.
 ENDINGS = {
     "it has told why": ("sys.exit(78)", exits.REPLICAS, ""),
@@ -439,6 +496,16 @@ def test_torchruns_exit_code_does_not_matter_where_all_ranks_ended_well(supervis
     _, decide = supervised
     assert decide(ranks(DONE, DONE, DONE), returned=1) is None  # the fourth never began
     assert decide(ranks(DONE, DONE, DONE, DONE), returned=1) == exits.FINISHED
+
+
+def test_a_rank_that_is_killed_before_any_could_say_a_word_is_started_again(supervised, capsys):
+    """Imports take 15 s and more."""
+    _, decide = supervised
+    assert decide({}, returned=128 + signal.SIGKILL) is None
+    told = capsys.readouterr().err
+    assert "a rank was ended by SIGKILL (or out of memory) while it was starting; restart 1 of 2" in told
+    assert decide({}, returned=1) == exits.FAILED
+    assert "the ranks' launcher ended before any rank began" in capsys.readouterr().err
 
 
 def test_a_failure_is_told_also_where_it_cannot_be_recorded(supervised, monkeypatch, capsys):
@@ -616,7 +683,14 @@ def test_the_commands(monkeypatch):
     assert "apptainer exec i.sif py -m megatron_xact.pretraining.agent --nnodes 4" in " ".join(words)
 
 
-def test_a_task_of_srun_takes_its_place_from_slurm(monkeypatch):
+@pytest.mark.parametrize(
+    ("seen", "gpu"), [(None, "1"), ("", "1"), ("0,1,2,3", "1"), ("0", "0"), ("GPU-8f2a", "0")], ids=str
+)
+def test_a_task_of_srun_takes_its_place_from_slurm(monkeypatch, seen, gpu):
+    """And its GPU by number among those that it sees, of which SLURM may leave it one (--gpus-per-task)."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen or "")
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     theirs = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "XACT_LAUNCHER": "srun"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
@@ -624,7 +698,32 @@ def test_a_task_of_srun_takes_its_place_from_slurm(monkeypatch):
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
     adopt_slurm_rank()
-    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", gpu, "8"]
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"CPUS": "1", "GPUS": "8"}, "8 ranks per node need a CPU each, and this job has 1 there: add --exclusive or "),
+        ({"CPUS": "96", "GPUS": "4"}, "8 ranks per node need a GPU each, and this job has 4 there: lower --nproc-per-"),
+        ({"CPUS": "8", "GPUS": "8"}, "no /nowhere/python"),  # goes on
+        ({"CPUS": "8"}, "no /nowhere/python"),
+    ],
+    ids=str,
+)
+def test_a_job_has_a_cpu_and_a_gpu_for_every_rank(there, told):
+    """`sbatch --gpus-per-node 8` alone may give one CPU, where srun says "More processors requested than permitted"."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    environment |= {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "/nowhere/python"}
+    environment |= {f"SLURM_{what}_ON_NODE": number for what, number in there.items()}
+    words = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--nproc-per-node", "8", "a.toml"]
+    refused = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"slurm.sbatch: error: {told}"), refused.stderr
+    assert refused.stderr.count("\n") == 1
+    words[3], environment["SLURM_NTASKS_PER_NODE"] = "1", "1"
+    idle = int(there.get("GPUS", "1")) - 1
+    said = subprocess.run(words, env=environment, capture_output=True, text=True).stderr
+    assert said.startswith(f"slurm.sbatch: {idle} of {idle + 1} GPUs per node stay idle") == (idle > 0), said
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])

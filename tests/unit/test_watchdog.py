@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xact.pretraining import exits, status
+from megatron_xact.pretraining import exits, failures, status
 from megatron_xact.pretraining.watchdog import JUDGES, SILENT, Watchdog, judges_of
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,60 @@ with Noting(folder / "run", rank, ranks, 1.0, sys.stderr) as watchdog:
     time.sleep(60)
 """
 
+# Over NCCL: ranks wait in `.item()` for a result that their GPU does not get before the other ranks come; one is
+# somewhere else, with nothing left on its GPU. There is none here: a stand-in answers for the trainer's stream.
+ON_GPU = """
+import sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+from megatron_xact.pretraining.watchdog import Watchdog
+
+folder, rank, ranks, asleep = Path(sys.argv[1]), *map(int, sys.argv[2:])
+
+class Stream:
+    def __init__(self):
+        self.of_the_trainer = threading.current_thread() is threading.main_thread()
+
+    def query(self):
+        return rank == asleep or not self.of_the_trainer
+
+def item():
+    time.sleep(60)
+
+def read_from_a_disk_that_does_not_answer():
+    time.sleep(60)
+
+sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, current_stream=Stream))
+with Watchdog(folder / "run", rank, ranks, 2.0, sys.stderr) as watchdog:
+    watchdog.progress(step=1)
+    (folder / f"begun-{rank}").touch()
+    while len(list(folder.glob("begun-*"))) < ranks:
+        watchdog.progress()
+        time.sleep(0.05)
+    read_from_a_disk_that_does_not_answer() if rank == asleep else item()
+"""
+
+
+@pytest.mark.parametrize("asleep", [2, None])
+def test_who_waits_for_its_gpu_in_a_collective_is_not_to_blame(tmp_path, asleep):
+    environment = {name: value for name, value in os.environ.items() if name != "XACT_ATTEMPT"}
+    environment["PYTHONPATH"] = str(ROOT)
+    words = [sys.executable, "-c", ON_GPU, str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*words, str(rank), "4", str(-1 if asleep is None else asleep)], env=environment)
+        for rank in range(4)
+    ]
+    try:
+        assert {rank.wait(timeout=60) for rank in ranks} == {exits.HANG}
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    last = list(map(status.of_file, status.folder_of(tmp_path / "run").glob("*.json")))
+    assert {s.culprit for s in last} == {0 if asleep is None else asleep}
+    told = "no rank stands out" if asleep is None else "it is in read_from_a_disk_that_does_not_answer"
+    assert all(told in s.reason for s in last), [s.reason for s in last]
+
 
 def test_a_hang_is_told_by_a_few_ranks_also_where_one_of_those_is_stopped(tmp_path):
     """Rank 0, a judge, is stopped; another judge and another rank are killed; the others agree on a stopped one."""
@@ -77,6 +131,43 @@ def test_a_hang_is_told_by_a_few_ranks_also_where_one_of_those_is_stopped(tmp_pa
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+CRASH = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from megatron_xact.pretraining.watchdog import Watchdog
+
+ends = {"abort": os.abort, "segfault": lambda: ctypes.string_at(0), "kill": lambda: os.kill(os.getpid(), 9), "": int}
+with Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 4, 0.0, sys.stderr) as watchdog:
+    watchdog.progress(step=7)
+    ends[sys.argv[3]]()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        (("abort", "kill", "abort", "abort"), (1, "killed", "ended without a word")),
+        (("abort", "abort", "segfault", "abort"), (2, "killed", "ended by itself: Segmentation fault (stacks in ")),
+        (("", "", "abort", ""), (2, "network", "aborted, as NCCL does where the network, a GPU or another rank has ")),
+    ],
+    ids=str,
+)
+def test_the_rank_that_was_killed_is_named_and_not_those_that_nccl_aborts_for_it(tmp_path, ends, told):
+    """It aborts them within the beat in which the other died, so by their beats they could not be told apart."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XACT_ATTEMPT", "PYTHONFAULTHANDLER")}
+    for rank, end in enumerate(ends):  # the killed one is not the first
+        words = [sys.executable, "-c", CRASH, str(tmp_path), str(rank), end]
+        subprocess.run(words, env={**kept, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    folder = status.folder_of(tmp_path)
+    said = status.read(folder, "", range(4))
+    failures.add_crashes(folder, said)
+    failure = failures.root_cause(said, range(4))
+    assert (failure.rank, failure.kind) == told[:2] and failure.reason.startswith(told[2])
+    if "stacks" in failure.reason:
+        assert "Current thread" in status.crash_path(folder, failure.rank).read_text()
+    assert not [rank for rank, end in enumerate(ends) if not end and status.crash_path(folder, rank).exists()]
 
 
 def test_a_thousand_ranks_open_few_files(tmp_path, monkeypatch):

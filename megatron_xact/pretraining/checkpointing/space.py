@@ -60,8 +60,9 @@ def estimate(elements: dict[int, int], args: Namespace) -> int:
     return total + sum(number * (moments + (4 if size < 4 else 0)) for size, number in elements.items())
 
 
-def is_disk_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_unwritable(error: Exception) -> bool:
+    """Whether the disk is full, or has become read-only, as Linux makes one that fails."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def why_not_written(error: CheckpointException | OSError, folder: Path | None) -> str:
@@ -71,7 +72,7 @@ def why_not_written(error: CheckpointException | OSError, folder: Path | None) -
     room = f" {folder} has {_size(free(folder))} free." if folder is not None else ""
     return (
         f"a checkpoint could not be written or read: {'; '.join(sorted(reasons))}.{room} What was complete before "
-        "still is; once there is room, the same command goes on from it"
+        "still is; once that is mended, the same command goes on from it"
     )
 
 
