@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 3  # times longer may take what is slow by nature: the first step (compilation), a save, the pictures
 _SLOW = ("save_checkpoint", "_tell_results")  # functions under way
+_MEETING = ("Ranks.from_first", "Ranks.to_first")  # where ranks wait for each other before they are a process group
 JUDGES = 8  # at most; each reads every rank's status twice, the others only what these say
 BEATS = 4  # between two looks at the statuses
 SILENT = "it is not heard of any more: stopped, or its node is lost"
@@ -227,7 +228,8 @@ def verdict(before: dict[int, Status], now: dict[int, Status], ranks: range) -> 
 def position(frame: FrameType) -> tuple[str, bool]:
     """("function (file, line n)" of the innermost call, whether it waits for other ranks)."""
     frames = list(traceback.walk_stack(frame))
-    waiting = any("torch/distributed/" in frame.f_code.co_filename for frame, _ in frames)
+    codes = [frame.f_code for frame, _ in frames]
+    waiting = any("torch/distributed/" in code.co_filename or code.co_qualname in _MEETING for code in codes)
     innermost, line = frames[0]
     file = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
     return f"{innermost.f_code.co_name} ({file}, line {line})", waiting

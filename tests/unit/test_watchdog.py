@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_xact.pretraining import exits, failures, status
-from megatron_xact.pretraining.watchdog import JUDGES, SILENT, Watchdog, judges_of
+from megatron_xact.pretraining.checkpointing.choice import Ranks
+from megatron_xact.pretraining.watchdog import JUDGES, SILENT, Watchdog, judges_of, position
 
 ROOT = Path(__file__).parents[2]
 RANKS = 12
@@ -131,6 +134,13 @@ def test_a_hang_is_told_by_a_few_ranks_also_where_one_of_those_is_stopped(tmp_pa
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+def test_who_waits_for_the_first_rank_before_there_are_process_groups_is_not_to_blame():
+    ranks = object.__new__(Ranks)
+    ranks.rank, ranks.size = 1, 2
+    ranks.store = SimpleNamespace(get=lambda key: json.dumps(position(sys._getframe())[1]))
+    assert ranks.from_first("where are you") is True and position(sys._getframe())[1] is False
 
 
 CRASH = """
