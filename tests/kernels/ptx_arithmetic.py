@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ PAIRS = {
 }  # fmt: skip
 
 
+@functools.cache
 def size_of(kind: str) -> int:
     return 4 if kind.endswith("x2") else int(re.search(r"\d+", kind)[0]) // 8 if kind != "pred" else 1
 
