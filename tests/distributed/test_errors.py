@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import ALONE, DISTRIBUTED, GATED, PP2, ROOT, TP2, VIRTUAL, Trainings, copy_of, execute, trainings
+from training import DISTRIBUTED, GATED, MARKS, PP2, ROOT, TP2, VIRTUAL, Trainings, copy_of, execute, trainings
 
 from megatron_xact import cli
 from megatron_xact.pretraining import exits, status
@@ -21,7 +21,7 @@ from megatron_xact.pretraining.config import load
 from megatron_xact.pretraining.platform import default_processes
 from megatron_xact.pretraining.watchdog import Watchdog
 
-pytestmark = ALONE
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import ALONE, ROOT, STEPS, TP2, Run, Trainings, copy_of, trainings
+from training import MARKS, ROOT, STEPS, TP2, Run, Trainings, copy_of, trainings
 
 from megatron_xact.pretraining import exits, report
 from megatron_xact.pretraining.launchers import Plan, free_port
 from megatron_xact.pretraining.status import latest_step
 
-pytestmark = ALONE
+pytestmark = MARKS
 HOOKED = [str(Path(__file__).with_name("hooked.py")), "pretrain"]
 
 

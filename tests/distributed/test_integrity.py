@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
-from training import ALONE, TP2, Run, Trainings, copy_of, trainings
+from training import MARKS, TP2, Run, Trainings, copy_of, trainings
 from warm import Life, Warm
 
 from megatron_xact.pretraining import arguments, status
@@ -26,7 +26,7 @@ from megatron_xact.pretraining.checkpointing.folder import TRACKER, is_cut_off, 
 from megatron_xact.pretraining.checkpointing.keeper import Keeper, _save_follows
 from megatron_xact.pretraining.config import XactConfig, load
 
-pytestmark = ALONE
+pytestmark = MARKS
 
 STEPS = 60
 KILLS = 11  # of synchronous saves, and as many of asynchronous ones

@@ -32,12 +32,12 @@ from megatron_xact.pretraining.data.preprocess import prepare
 ROOT = Path(__file__).parents[2]
 MARKS = [
     pytest.mark.distributed,
+    pytest.mark.alone,
     pytest.mark.skipif(
         importlib.util.find_spec("transformer_engine") is not None,
         reason="these train on the CPU platform, where TransformerEngine's optimizer cannot run",
     ),
 ]
-ALONE = [*MARKS, pytest.mark.alone]
 STEPS = 12
 SAVED = (4, 8, 12)
 

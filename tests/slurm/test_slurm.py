@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from cluster import ROOT, Cluster, why_not
-from training import ALONE, STEPS, TP2, Trainings, trainings
+from training import MARKS, STEPS, TP2, Trainings, trainings
 
 from megatron_xact import cli
 
-pytestmark = [*ALONE, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [*MARKS, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 DP2 = ("--use-distributed-optimizer",)
 
 # The interpreter that slurm.sbatch is told to use: ranks, and nothing else, run the command with faults.
