@@ -1,8 +1,9 @@
 """Run a function on several gloo ranks of this machine, with Megatron on the CPU platform, and get its results back.
 
-Starting ranks costs about 8 s (they import Megatron), so a test module starts them once, in a module-scoped fixture:
-its rank function runs every case and returns a table, from which the tests read. A module with a rank function imports
-Megatron inside that function, because it is imported in the rank before the CPU platform is there.
+Ranks are forks of one server per pytest process, which has imported Megatron on the CPU platform (`imported`); the
+first call waits for those 8 s. A test module starts its ranks once, in a module-scoped fixture: its rank function runs
+every case and returns a table, from which the tests read. A module with a rank function imports Megatron inside that
+function, because pytest imports it where the CPU platform is not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 _ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parent),  # where the server finds `imported`
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",  # the CPU platform refuses to start where it sees a GPU
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -31,17 +33,23 @@ class RankFailed(AssertionError):
     """A rank raised, died or ran out of time; the message holds the tracebacks."""
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args, timeout: float = 400.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args, timeout: float = 400.0, environment: dict[str, str] | None = None
+) -> list[Any]:
     """function(*args) on ranks 0..world-1 of one process group -> their return values, by rank.
 
-    `function` is a module-level one. RankFailed, and no process left behind, if a rank fails or `timeout` s pass.
+    `function` is a module-level one. `environment`: variables that have to be there before anything is imported; such
+    ranks are no forks. RankFailed, and no process left behind, if a rank fails or `timeout` s pass.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if environment else "forkserver")
+    if not environment:
+        context.set_forkserver_preload(["imported"])
+    variables = _ENVIRONMENT | (environment or {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
-        before = {key: os.environ.get(key) for key in _ENVIRONMENT}
-        os.environ |= _ENVIRONMENT
+        before = {key: os.environ.get(key) for key in variables}
+        os.environ |= variables
         try:
             for process in ranks:
                 process.start()
@@ -85,12 +93,9 @@ def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arg
     with open(folder / f"stacks{rank}", "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         try:
-            torch.set_num_threads(1)
+            import imported  # noqa: F401
+
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-
-            from megatron_xact.pretraining import cpu_platform
-
-            cpu_platform.activate()
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
             )

@@ -387,9 +387,7 @@ def rounded(t: torch.Tensor, kind: torch.dtype = torch.float8_e4m3fn) -> torch.T
 @pytest.fixture(scope="module")
 def results():
     """By rank: what `on_ranks` returns."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        return run_ranks(on_ranks, WORLD)
+    return run_ranks(on_ranks, WORLD, environment={"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
