@@ -1,6 +1,6 @@
 """Runs our operations in TransformerEngine's real Python layer and prints what came out, as one line of JSON.
 
-    python -O operations.py TE_FOLDER [FOLDER_OF_ITS_REQUIREMENTS]
+    python operations.py TE_FOLDER [FOLDER_OF_ITS_REQUIREMENTS]
 
 What it computes is compared here with plain autograd in fp32 or with other ways through TE; what is right is said by
 test_te_ops.py. Errors are the largest difference over the largest number.

@@ -1,6 +1,6 @@
 """Builds small models through our layer spec, with TransformerEngine's layers and without, and prints them as JSON.
 
-    python -O spec.py TE_FOLDER
+    python spec.py TE_FOLDER
 
 Of the layer made of TE's operations (`--use-transformer-engine-op-fuser`) the MLP is also run, forward and backward,
 and on two ranks with a choice (chosen.py).

@@ -43,7 +43,7 @@ class Program:
         except pytest.skip.Exception as reason:
             self.process, self.reason = None, str(reason)
             return
-        command = [sys.executable, "-O", HERE / name, *folders]
+        command = [sys.executable, HERE / name, *folders]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -1,13 +1,30 @@
 """TransformerEngine's real Python layer on a machine without a GPU: its compiled extension is a stub.
 
-`install` is enough to import it, to let Megatron find it and to build modules; `install_whole` also computes. For
-programs run by `python -O`, because TE compares its enums with the extension's in assertions.
+`install` is enough to import it, to let Megatron find it and to build modules; `install_whole` also computes. TE's own
+assertions are left out: it compares its enums with the extension's in them.
 """
 
+import importlib.machinery
 import itertools
 import os
 import sys
 import types
+
+
+class WithoutAssertions(importlib.machinery.SourceFileLoader):
+    """As `python -O` would load this module; that would have to compile torch and Megatron anew too, for 10 s."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True, optimize=1)
+
+    @staticmethod
+    def find_spec(name: str, path, target=None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "transformer_engine":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = WithoutAssertions(name, spec.origin)
+        return spec
 
 
 def install(te_folder: str) -> None:
@@ -39,6 +56,7 @@ def install(te_folder: str) -> None:
 
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own switch: do not load the core library
     sys.path.insert(0, te_folder)
+    sys.meta_path.insert(0, WithoutAssertions)
     sys.modules["transformer_engine_torch"] = Extension("transformer_engine_torch")
     import transformer_engine.common
 
