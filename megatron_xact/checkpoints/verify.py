@@ -14,7 +14,6 @@ are left out, with the numbers, and only tensors are compared.
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -293,10 +292,7 @@ def _run(side: Side, rows: list[list[int]], dtypes: dict[str, torch.dtype], voca
     heads = side.architecture.num_heads, side.architecture.num_groups
     size = next(n for n in range(min(TRACED, len(rows[0])), 0, -1) if n not in heads)
     modules = trace.outputs(model, side.architecture, torch.tensor([rows[0][:size]]))
-    frequencies = trace.rotary_frequencies(model)
-    del model
-    gc.collect()
-    return _Run(logits, ids[len(prompt) :], gaps, modules, frequencies)
+    return _Run(logits, ids[len(prompt) :], gaps, modules, trace.rotary_frequencies(model))
 
 
 def _compare_frequencies(first: _Run, second: _Run, report: Report) -> None:

@@ -5,7 +5,6 @@ A run takes seconds, so there is one per way of saving, and each is of another f
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import processes
 from warm import warm
 
 ROOT = Path(__file__).parents[2]
@@ -193,16 +193,8 @@ def hf_models(runs, tmp_path_factory) -> dict[str, Path]:
 
 def in_process(function: Callable, *args):
     """function(*args) in a process of its own, without a GPU: there Megatron may take the process over."""
-    context = multiprocessing.get_context("spawn")
-    without = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before = {key: os.environ.get(key) for key in without}
-    os.environ |= without
-    try:
-        with context.Pool(1) as pool:
-            return pool.apply(_told, (function, *args))
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    with processes() as context, context.Pool(1) as pool:
+        return pool.apply(_told, (function, *args))
 
 
 def _told(function: Callable, *args):

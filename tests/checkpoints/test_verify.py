@@ -255,6 +255,32 @@ def judge(run: Path, out: Path, tokenizer: Path) -> dict[str, dict]:
     return found
 
 
+def models_alive(pairs: list[tuple[Path, Path]]) -> list[int]:
+    """While these are compared: how many models still live when one is loaded, and in the end; without Python's gc."""
+    import gc
+    import weakref
+
+    from megatron_xact.checkpoints.side import Side
+    from megatron_xact.checkpoints.verify import verify
+
+    made, alive = weakref.WeakSet(), []
+    load = Side.load
+
+    def watched(side, dtypes):
+        alive.append(len(made))
+        model = load(side, dtypes)
+        made.add(model.module)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Side, "load", watched)
+        gc.disable()
+        for one, other in pairs:
+            verify(one, other)
+        gc.enable()
+    return [*alive, len(made)]
+
+
 @pytest.fixture(scope="module")
 def judged(runs, tmp_path_factory) -> dict[str, dict]:
     return in_process(judge, runs["apertus tp2"], tmp_path_factory.mktemp("faults"), runs.tokenizer)
@@ -268,6 +294,12 @@ def test_a_good_export_is_the_same(judged):
     assert 0.0 <= report["logits_difference"] < 1e-5
     assert report["text_tokens"] == 512 and "16 of 16 greedy tokens alike" in report["continuation"]
     assert report["text"].splitlines()[-1].startswith("SAME")
+
+
+def test_there_is_never_more_than_one_model_in_memory(runs, hf_models):
+    trained = [(runs["apertus tp2"], runs["apertus tp2"]), (runs["arcee"], runs["arcee"])]
+    pairs = [*trained, *((hf_models[name], hf_models[name]) for name in ("apertus", "llama", "starcoder2"))]
+    assert in_process(models_alive, pairs) == [0] * (2 * len(pairs) + 1)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -8,6 +8,7 @@ function, because pytest imports it where the CPU platform is not.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,9 @@ def run_ranks(
     `function` is a module-level one. `environment`: variables that have to be there before anything is imported; such
     ranks are no forks. RankFailed, and no process left behind, if a rank fails or `timeout` s pass.
     """
-    context = multiprocessing.get_context("spawn" if environment else "forkserver")
-    if not environment:
-        context.set_forkserver_preload(["imported"])
-    variables = _ENVIRONMENT | (environment or {})
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, processes(environment) as context:
         folder = Path(name)
         ranks = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
-        before = {key: os.environ.get(key) for key in variables}
-        os.environ |= variables
         try:
             for process in ranks:
                 process.start()
@@ -61,9 +57,23 @@ def run_ranks(
             for process in ranks:
                 if process.pid is not None:
                     process.join()
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
         return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world)]
+
+
+@contextlib.contextmanager
+def processes(environment: dict[str, str] | None = None) -> Iterator[BaseContext]:
+    """Starts processes without a GPU: forks of the server, or with an `environment` of their own, new ones."""
+    context = multiprocessing.get_context("spawn" if environment else "forkserver")
+    if not environment:
+        context.set_forkserver_preload(["imported"])
+    variables = _ENVIRONMENT | (environment or {})
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ |= variables
+    try:
+        yield context
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _wait(ranks: list, folder: Path, deadline: float) -> None:
