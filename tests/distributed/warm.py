@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -130,6 +131,7 @@ def serve() -> None:
     from megatron_xact.pretraining.checkpointing import keeper  # noqa: F401
 
     arguments.parser()
+    gc.freeze()  # lives need not search it for garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("null", file=answers, flush=True)
