@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def test_anything_else_is_measured_for_itself(change):
 def test_another_version_or_gpu_is_measured_anew(monkeypatch):
     gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
     assert asked_again(gauge)
-    monkeypatch.setattr(mlp_choice, "__version__", "0.0.0+other")
+    monkeypatch.setattr(mlp_choice, "_digest_of_kernels", lambda: "of edited ones")
     assert asked_again(gauge)
     monkeypatch.setattr(torch, "__version__", "0.0.0+other")
     assert asked_again(gauge)
@@ -173,6 +174,15 @@ def test_another_version_or_gpu_is_measured_anew(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
         files.add(mlp_choice.path_of(mlp_choice._key(XIELU, SHAPE, torch.device("cuda"))))
     assert len(files) == 2
+
+
+def test_an_edited_kernel_is_another_key(tmp_path, monkeypatch):
+    copy = shutil.copytree(Path(mlp_choice.__file__).parent, tmp_path / "kernels")
+    monkeypatch.setattr(mlp_choice, "__file__", str(copy / "mlp_choice.py"))
+    before = mlp_choice._digest_of_kernels.__wrapped__()
+    with open(copy / "triton_gemm_hopper.py", "a") as kernel:
+        kernel.write("# edited\n")
+    assert mlp_choice._digest_of_kernels() == before != mlp_choice._digest_of_kernels.__wrapped__()
 
 
 @pytest.mark.parametrize(
