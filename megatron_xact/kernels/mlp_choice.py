@@ -15,7 +15,6 @@ measure at the same time take what the first of them has written, if they have t
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ import torch
 
 from megatron_xact import installed
 from megatron_xact.activations import Activation
-from megatron_xact.kernels import backends, linear
+from megatron_xact.kernels import backends, linear, source
 from megatron_xact.kernels.keys import key_of
 from megatron_xact.kernels.mlp_timing import Measured, Shape, Tiles, fastest, measure, tiles_of
 from megatron_xact.whole import write_text
@@ -148,15 +147,8 @@ def _key(activation: Activation, shape: Shape, device: torch.device) -> dict[str
         "torch": torch.__version__,
         "triton": installed.version("triton"),
         "quack": installed.version("quack-kernels"),
-        "kernels": _digest_of_kernels(),
+        "kernels": source.digest(),
     }
-
-
-@functools.cache
-def _digest_of_kernels() -> str:
-    """Of their source, which is another one in another version, and while somebody works on them."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def path_of(key: dict[str, object]) -> Path | None:

@@ -12,15 +12,13 @@ Nothing of QuACK or CuTe is imported before a kernel is wanted: the package is a
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
 import torch
 import triton
 
-from megatron_xact.kernels import device_functions
+from megatron_xact.kernels import device_functions, source
 
 
 def translated(vocabulary: object) -> dict[str, FunctionType]:
@@ -83,13 +81,10 @@ def rounding(dtype: torch.dtype) -> Callable:
     return {torch.bfloat16: to_bf16, torch.float16: to_fp16}[dtype]
 
 
-@functools.cache
 def source_digest() -> str:
     """Changes with the source of everything an epilogue is made from.
 
     QuACK keeps compiled kernels on disk under a fingerprint of the epilogue's source, but for functions of installed
     packages (as this one may be) it takes their names only.
     """
-    here = Path(__file__).parent
-    files = sorted(here / f"{name}.py" for name in ("device_functions", "quack_functions", "quack_epilogues"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return source.digest("device_functions", "quack_functions", "quack_epilogues")

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_xact import activations, installed
 from megatron_xact.bench import mlp as bench
-from megatron_xact.kernels import backends, linear, mlp_choice, mlp_timing
+from megatron_xact.kernels import backends, linear, mlp_choice, mlp_timing, source
 from megatron_xact.kernels.mlp_choice import choose
 from megatron_xact.kernels.mlp_timing import Shape
 from megatron_xact.layers import fused_mlp
@@ -161,7 +161,7 @@ def test_anything_else_is_measured_for_itself(change):
 def test_another_version_or_gpu_is_measured_anew(monkeypatch):
     gauge = Gauge(unfused=2.0, triton=1.0, quack=3.0)
     assert asked_again(gauge)
-    monkeypatch.setattr(mlp_choice, "_digest_of_kernels", lambda: "of edited ones")
+    monkeypatch.setattr(source, "digest", lambda: "of edited ones")
     assert asked_again(gauge)
     monkeypatch.setattr(torch, "__version__", "0.0.0+other")
     assert asked_again(gauge)
@@ -177,12 +177,12 @@ def test_another_version_or_gpu_is_measured_anew(monkeypatch):
 
 
 def test_an_edited_kernel_is_another_key(tmp_path, monkeypatch):
-    copy = shutil.copytree(Path(mlp_choice.__file__).parent, tmp_path / "kernels")
-    monkeypatch.setattr(mlp_choice, "__file__", str(copy / "mlp_choice.py"))
-    before = mlp_choice._digest_of_kernels.__wrapped__()
+    copy = shutil.copytree(Path(source.__file__).parent, tmp_path / "kernels")
+    monkeypatch.setattr(source, "__file__", str(copy / "source.py"))
+    before = source.digest.__wrapped__()
     with open(copy / "triton_gemm_hopper.py", "a") as kernel:
         kernel.write("# edited\n")
-    assert mlp_choice._digest_of_kernels() == before != mlp_choice._digest_of_kernels.__wrapped__()
+    assert source.digest() == before != source.digest.__wrapped__()
 
 
 @pytest.mark.parametrize(
