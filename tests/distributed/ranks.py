@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -63,17 +64,13 @@ def run_ranks(
 @contextlib.contextmanager
 def processes(environment: dict[str, str] | None = None) -> Iterator[BaseContext]:
     """Starts processes without a GPU: forks of the server, or with an `environment` of their own, new ones."""
-    context = multiprocessing.get_context("spawn" if environment else "forkserver")
-    if not environment:
+    if environment:
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["imported"])
-    variables = _ENVIRONMENT | (environment or {})
-    before = {key: os.environ.get(key) for key in variables}
-    os.environ |= variables
-    try:
+    with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):
         yield context
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _wait(ranks: list, folder: Path, deadline: float) -> None:

@@ -20,8 +20,8 @@ def general_gemm(a, b, out_dtype=None, layout="TN", out=None, accumulate=False, 
 
     Of quantized operands the copy is read that Hopper's FP8 products read: inner dimension contiguous.
     """
-    assert_(kwargs.get("quantization_params") is None, "a product with quantized output")
-    assert_(kwargs.get("alpha") in (None, 1.0) and kwargs.get("beta") in (None, 1.0), "a scaled product")
+    assert kwargs.get("quantization_params") is None, "no stand-in for a product with quantized output"
+    assert {kwargs.get("alpha"), kwargs.get("beta")} <= {None, 1.0}, "no stand-in for a scaled product"
     first, second = operand(a, columns=layout[0] == "N"), operand(b, columns=layout[1] == "T")
     first = first.reshape(-1, first.shape[-1])
     if layout == "TN":
@@ -67,7 +67,7 @@ def decoded(tensor, columns: bool) -> torch.Tensor:
 
 def rmsnorm_fwd(x, weight, eps, out, quantizer, dtype, margin, zero_centered):
     """As `transformer_engine_torch.rmsnorm_fwd`: (y, None, 1 / RMS of every row)."""
-    assert_(quantizer is None and out is None and not zero_centered, "such a norm")
+    assert quantizer is None and out is None and not zero_centered, "no stand-in for such a norm"
     scale = torch.rsqrt(x.float().square().mean(-1) + eps)
     return (x.float() * scale[:, None] * weight.float()).to(x.dtype), None, scale
 
@@ -152,8 +152,3 @@ def scale_of(amax, quantizer, dtype) -> torch.Tensor:
 def cast(value, dtype) -> torch.Tensor:
     largest = torch.finfo(dtype).max
     return value.clamp(-largest, largest).to(dtype).view(torch.uint8)
-
-
-def assert_(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(f"the stand-in for TE's extension does not know {what}")
