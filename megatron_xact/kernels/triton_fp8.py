@@ -25,7 +25,6 @@ from megatron_xact.kernels.triton_launch import (
     device_of,
     evaluated,
     learned,
-    load_biased,
     load_parameters,
     slots,
     store_sums,
@@ -34,76 +33,130 @@ from megatron_xact.kernels.triton_launch import (
 
 # Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU.
 NUM_WARPS = 8
-NUM_WARPS_OF_PLAIN_GATED_BACKWARD = 16  # gated and nothing learned: there ptxas hoists what it can, and spills
-# LLVM of Triton 3.6 aborts the process (SLP vectorizer) on forward kernels, per tensor and transposed, with a 16-bit
-# bias, and on some with any bias where 16 does not divide the rows; 3.9's does not.
-BIAS_ABORTS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 # Forward, by whether scaling is blockwise: with 128 two programs fit a multiprocessor; left alone, ptxas rather spills
 # than pass that.
 MAX_REGISTERS_OF_FORWARD = {True: 128, False: 160}
 
 
 @triton.jit
-def _positions(program, columns, TILE: tl.constexpr):
-    """(row indices [tile] int64, column indices [tile] int64, row block, column block)."""
-    column_blocks = tl.cdiv(columns, TILE)
-    row_block, column_block = program // column_blocks, program % column_blocks
-    row = row_block.to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = column_block.to(tl.int64) * TILE + tl.arange(0, TILE)
-    return row, column, row_block, column_block
+def _tile(program, rows, columns, COLUMN_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """(first row, first column, both int64; row and column indices from these on [tile]; which of them exist [tile]).
+
+    Triton gives a thread rows that are a quarter of the tile apart. In this order four of them are neighbours in the
+    matrix, so that the thread has whole words of the transposed one.
+    """
+    first_row = (program // COLUMN_BLOCKS).to(tl.int64) * TILE
+    first_column = (program % COLUMN_BLOCKS).to(tl.int64) * TILE
+    column = tl.arange(0, TILE)
+    row = column % (TILE // 4) * 4 + column // (TILE // 4)
+    in_rows = row < tl.minimum(rows - first_row, TILE).to(tl.int32)
+    in_columns = column < tl.minimum(columns - first_column, TILE).to(tl.int32)
+    return first_row, first_column, row, column, in_rows, in_columns
+
+
+@triton.jit
+def _load(pointer, offset, mask, INTERPRETED: tl.constexpr):
+    """In fp32, 0 where masked.
+
+    16-bit numbers are widened by PTX: Triton 3.6 would rather exchange those of x between threads than bytes of y, and
+    evaluate the activation once more for the transposed matrix; of this it does not know that it widens.
+    """
+    value = tl.load(pointer + offset, mask=mask, other=0.0)
+    if INTERPRETED or value.dtype == tl.float32:
+        return value.to(tl.float32)
+    elif value.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [value], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [value], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _plus_bias(x, bias_ptr, column, in_columns):
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    return x
 
 
 @triton.jit
 def _factors(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """(as `fp8.factor`, correctly rounded; its inverse)."""
-    usable = (amax > 0.0) & (amax < float("inf"))
     if POWER_OF_TWO:
         # By exponents alone, without a division. Both formats' largest number is 1.75 times a power of two.
         tl.static_assert(LARGEST == 448.0 or LARGEST == 57344.0)
         TOP: tl.constexpr = 262 if LARGEST == 448.0 else 269  # twice the exponents' bias, and that power's
         bits = amax.to(tl.int32, bitcast=True)
-        mantissa_above = (bits & 0x7FFFFF) > 0x600000
-        exponent = tl.minimum(TOP - (bits >> 23) - mantissa_above.to(tl.int32), 254)
-        exponent = tl.where(usable, exponent, 127)
-        inverse = tl.where(exponent == 254, 0x400000, (254 - exponent) << 23)  # 2^-127 has no exponent of its own
-        return (exponent << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+        usable = (bits - 1).to(tl.uint32, bitcast=True) < 0x7F7FFFFF  # not 0, inf or nan
+        of_amax = (bits + 0x1FFFFF) & 0x7F800000  # its exponent, one more where the mantissa is above 1.75
+        factor = ((TOP << 23) - (1 << 32)) - tl.maximum(of_amax, (TOP - 254) << 23)  # 2^127 at most; int32 wraps
+        factor = tl.where(usable, factor, 127 << 23)
+        inverse = tl.maximum((254 << 23) - factor, 0x400000)  # 2^-127 has no exponent of its own
+        return factor.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+    usable = (amax > 0.0) & (amax < float("inf"))
     scale = tl.minimum(tl.math.div_rn(LARGEST, amax), 3.4028234663852886e38)
     scale = tl.where(usable, scale, 1.0)
     return scale, tl.math.div_rn(1.0, scale)
 
 
 @triton.jit
+def _words(values, FORMAT: tl.constexpr):
+    """Rounded to FP8 [tile / 4, tile] int32: four neighbours of a column in each; rows of `values` as `_tile` has them.
+
+    The instruction rounds two numbers that come from anywhere: no byte is moved after it.
+    """
+    TILE: tl.constexpr = values.shape[1]
+    CVT: tl.constexpr = "cvt.rn.satfinite.e5m2x2.f32 " if FORMAT == tl.float8e5 else "cvt.rn.satfinite.e4m3x2.f32 "
+    quarters = tl.permute(tl.reshape(values, [2, 2, TILE // 4, TILE]), [2, 3, 1, 0])
+    lower, upper = tl.split(quarters)
+    first, second = tl.split(lower)
+    third, fourth = tl.split(upper)
+    return tl.inline_asm_elementwise(
+        "{.reg .b16 low, high; " + CVT + "low, $2, $1; " + CVT + "high, $4, $3; mov.b32 $0, {low, high};}",
+        "=r,f,f,f,f", [first, second, third, fourth], tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _store(
-    value, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale, row, column, row_block, column_block,
-    first_column, rows, columns, width,
-    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr,
+    value, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale,
+    first_row, first_column, row, column, in_rows, in_columns, rows, width,
+    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a matrix [rows, width] from `first_column` on, as it is wanted; pointers of what is not are None."""
-    in_rows, in_columns = row < rows, column < columns
-    mask = in_rows[:, None] & in_columns[None, :]
-    place = first_column + column
+    """A tile of a matrix [rows, width] as it is wanted; pointers of what is not are None."""
+    TILE: tl.constexpr = value.shape[0]
     if rows_ptr is not None:
         if BLOCKWISE:
             factor, inverse = _factors(tl.max(tl.abs(value), 1), LARGEST, POWER_OF_TWO)
-            block = first_column // 128 + column_block
-            scale_place = block.to(tl.int64) * ((rows + 3) // 4 * 4) + row
-            tl.store(row_scale_ptr + scale_place, inverse, mask=in_rows)
+            scale_place = first_column // TILE * ((rows + 3) // 4 * 4) + first_row
+            tl.store(row_scale_ptr + scale_place + row, inverse, mask=in_rows)
             quantized = value * factor[:, None]
         else:
             quantized = value * scale
-        offset = row[:, None] * width + place[None, :]
+        rows_ptr += first_row * width + first_column
+        offset = row[:, None].to(tl.int64) * width + column[None, :]
+        mask = in_rows[:, None] & in_columns[None, :]
         tl.store(rows_ptr + offset, quantized.to(rows_ptr.dtype.element_ty), mask=mask)
     if columns_ptr is not None:
         if BLOCKWISE:
             factor, inverse = _factors(tl.max(tl.abs(value), 0), LARGEST, POWER_OF_TWO)
-            scale_place = row_block.to(tl.int64) * ((width + 3) // 4 * 4) + place
-            tl.store(column_scale_ptr + scale_place, inverse, mask=in_columns)
+            scale_place = first_row // TILE * ((width + 3) // 4 * 4) + first_column
+            tl.store(column_scale_ptr + scale_place + column, inverse, mask=in_columns)
             quantized = value * factor[None, :]
         else:
             quantized = value * scale
-        offset = place[:, None] * rows + row[None, :]
-        transposed = tl.trans(quantized.to(columns_ptr.dtype.element_ty))
-        tl.store(columns_ptr + offset, transposed, mask=in_columns[:, None] & in_rows[None, :])
+        columns_ptr += first_column * rows + first_row
+        if WORDS:
+            transposed = tl.trans(_words(quantized, columns_ptr.dtype.element_ty))
+            columns_ptr = columns_ptr.to(tl.pointer_type(tl.int32))
+        else:  # back into order
+            low = tl.reshape(quantized.to(columns_ptr.dtype.element_ty), [4, TILE // 4, TILE])
+            transposed = tl.reshape(tl.permute(low, [2, 1, 0]), [TILE, TILE])
+        LENGTH: tl.constexpr = transposed.shape[1]
+        place = tl.arange(0, LENGTH)
+        in_length = place < tl.minimum((rows - first_row) // (TILE // LENGTH), LENGTH).to(tl.int32)
+        offset = column[:, None].to(tl.int64) * (rows // (TILE // LENGTH)) + place[None, :]
+        tl.store(columns_ptr + offset, transposed, mask=in_columns[:, None] & in_length[None, :])
 
 
 @triton.jit
@@ -111,35 +164,43 @@ def forward_kernel(
     x_ptr, bias_ptr, multiplier_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
     column_amax_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, WORDS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y in FP8, and the programs' largest |y|; pointers of what is not wanted are None.
 
     amax_ptr [programs]: of their tiles; column_amax_ptr [row blocks, C]: of their columns.
     """
     p0, p1, p2 = load_parameters(p0, p1, p2, LEARNED)
-    row, column, row_block, column_block = _positions(tl.program_id(0), columns, TILE)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    first_row, first_column, row, column, in_rows, in_columns = _tile(
+        tl.program_id(0), rows, columns, COLUMN_BLOCKS, TILE
+    )
+    mask = in_rows[:, None] & in_columns[None, :]
     width = columns * (2 if GATED else 1)
-    x_offset = row[:, None] * width + column[None, :]
-    x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
+    x_ptr += first_row * width + first_column
+    x_offset = row[:, None].to(tl.int64) * width + column[None, :]
+    if bias_ptr is not None:
+        bias_ptr += first_column
+    x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
     y, _, _, _, _ = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
     if GATED:
-        y *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column[None, :], mask, columns)
+        up = _load(x_ptr + columns, x_offset, mask, INTERPRETED)
+        y *= _plus_bias(up, None if bias_ptr is None else bias_ptr + columns, column, in_columns)
     if bias_ptr is not None:
         y = tl.where(mask, y, 0.0)  # every activation of 0 is 0, of a bias in a tile's padding it is not
     if multiplier_ptr is not None:
-        y *= tl.load(multiplier_ptr + column, mask=column < columns, other=0.0)[None, :]
+        y *= tl.load(multiplier_ptr + first_column + column, mask=in_columns, other=0.0)[None, :]
     if amax_ptr is not None:
         tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(y), 1), 0))
     if column_amax_ptr is not None:
-        column_amax_place = row_block.to(tl.int64) * columns + column
-        tl.store(column_amax_ptr + column_amax_place, tl.max(tl.abs(y), 0), mask=column < columns)
+        column_amax_ptr += first_row // TILE * columns + first_column
+        tl.store(column_amax_ptr + column, tl.max(tl.abs(y), 0), mask=in_columns)
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    _store(y, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale, row, column, row_block, column_block,
-           0, rows, columns, columns, BLOCKWISE, POWER_OF_TWO, LARGEST)  # fmt: skip
+    _store(y, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale,
+           first_row, first_column, row, column, in_rows, in_columns, rows, columns,
+           BLOCKWISE, POWER_OF_TWO, LARGEST, WORDS)  # fmt: skip
 
 
 @triton.jit
@@ -147,7 +208,8 @@ def backward_kernel(
     dy_ptr, x_ptr, bias_ptr, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale_ptr, amax_ptr,
     dbias_ptr, dp_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    BLOCKWISE: tl.constexpr, POWER_OF_TWO: tl.constexpr, LARGEST: tl.constexpr, WORDS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx in FP8; and, where their pointers are not None, the programs' largest |dx| and partial sums in fp32:
 
@@ -159,37 +221,42 @@ def backward_kernel(
     if GATED:  # neighbours share a tile, one for each half: together they need more registers than there are
         half = program % 2
         program = program // 2
-    row, column, row_block, column_block = _positions(program, columns, TILE)
-    in_columns = column < columns
-    mask = (row < rows)[:, None] & in_columns[None, :]
+    first_row, first_column, row, column, in_rows, in_columns = _tile(program, rows, columns, COLUMN_BLOCKS, TILE)
+    mask = in_rows[:, None] & in_columns[None, :]
     width = columns * (2 if GATED else 1)
-    x_offset = row[:, None] * width + column[None, :]
+    x_ptr += first_row * width + first_column
+    dy_ptr += first_row * columns + first_column
+    x_offset = row[:, None].to(tl.int64) * width + column[None, :]
+    if bias_ptr is not None:
+        bias_ptr += first_column
     # x comes last: of dy and up only the product stays in registers
-    dy = tl.load(dy_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    dy = _load(dy_ptr, row[:, None].to(tl.int64) * columns + column[None, :], mask, INTERPRETED)
     if half == 0:
         df = dy
         if GATED:
-            df *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column[None, :], mask, columns)
-        x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
+            up = _load(x_ptr + columns, x_offset, mask, INTERPRETED)
+            df *= _plus_bias(up, None if bias_ptr is None else bias_ptr + columns, column, in_columns)
+        x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
         _f, slope, d0, d1, d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = df * slope
         if dp_ptr is not None:
             store_sums(dp_ptr, tl.program_id(0), tl.num_programs(0), df * d0, df * d1, df * d2, LEARNED)
     else:
-        x = load_biased(x_ptr, bias_ptr, 0, x_offset, column[None, :], mask, columns)
+        x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
         f, _slope, _d0, _d1, _d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = dy * f
-    first_column = half * columns
+    first_column += half * columns
     if amax_ptr is not None:
         tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(dx), 1), 0))
     if dbias_ptr is not None:
-        dbias_place = row_block.to(tl.int64) * width + first_column + column
-        tl.store(dbias_ptr + dbias_place, sum_along(dx, 0), mask=in_columns)
+        dbias_ptr += first_row // TILE * width + first_column
+        tl.store(dbias_ptr + column, sum_along(dx, 0), mask=in_columns)
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    _store(dx, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale, row, column, row_block, column_block,
-           first_column, rows, columns, width, BLOCKWISE, POWER_OF_TWO, LARGEST)  # fmt: skip
+    _store(dx, rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr, scale,
+           first_row, first_column, row, column, in_rows, in_columns, rows, width,
+           BLOCKWISE, POWER_OF_TWO, LARGEST, WORDS)  # fmt: skip
 
 
 def forward(
@@ -247,12 +314,8 @@ def _launch_forward(
 ) -> Tensor | None:
     """Fills y and column_amax; the programs' largest |y| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
-    grid, amax, scale, options = _launch(activation, x, p, _programs(rows, columns), scaling, dtype)
+    grid, amax, scale, options = _launch(activation, x, p, 1, scaling, dtype)
     options["maxnreg"] = MAX_REGISTERS_OF_FORWARD[options["BLOCKWISE"]]
-    if bias is not None and BIAS_ABORTS and not options["BLOCKWISE"]:
-        bias = bias.float()
-        if rows % 16:
-            x, bias = x.float() + bias, None  # the same sum, in a pass of its own
     if x.numel():
         with device_of(x):
             forward_kernel[grid](
@@ -265,8 +328,7 @@ def _launch_forward(
 def _launch_backward(activation, x, p, dy, bias, dx: Quantized, scaling, dtype, dbias, dp) -> Tensor | None:
     """Fills dx, dbias and dp; the programs' largest |dx| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
-    programs = _programs(rows, columns) * (1 + activation.gated)
-    grid, amax, scale, options = _launch(activation, x, p, programs, scaling, dtype, backward_warps(activation))
+    grid, amax, scale, options = _launch(activation, x, p, 1 + activation.gated, scaling, dtype)
     if x.numel():
         with device_of(x):
             backward_kernel[grid](
@@ -276,20 +338,20 @@ def _launch_backward(activation, x, p, dy, bias, dx: Quantized, scaling, dtype, 
     return amax
 
 
-def backward_warps(activation: Activation) -> int:
-    return NUM_WARPS_OF_PLAIN_GATED_BACKWARD if activation.gated and not activation.trainable else NUM_WARPS
-
-
-def _launch(activation, x, p, programs, scaling: Scaling | None, dtype, num_warps=NUM_WARPS):
-    """(grid, amax partials or None, scale or None, compile-time arguments)."""
+def _launch(activation, x, p, halves: int, scaling: Scaling | None, dtype):
+    """(grid, amax partials or None, scale or None, compile-time arguments); halves: programs to a tile."""
     blockwise = scaling is not None and not isinstance(scaling, PerTensor)
+    rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
+    programs = _programs(rows, columns) * halves
     options = constants(activation, p) | {
         "BLOCKWISE": blockwise,
         "POWER_OF_TWO": blockwise and scaling.power_of_two,
         "LARGEST": torch.finfo(dtype).max,
+        "WORDS": rows % 4 == 0 and not triton.knobs.runtime.interpret,
+        "COLUMN_BLOCKS": triton.cdiv(columns, BLOCK),
         "TILE": BLOCK,
         "INTERPRETED": triton.knobs.runtime.interpret,
-        "num_warps": num_warps,
+        "num_warps": NUM_WARPS,
     }
     amax = None if blockwise else x.new_empty(programs, dtype=torch.float32)
     return (programs,), amax, scaling.scale if isinstance(scaling, PerTensor) else None, options

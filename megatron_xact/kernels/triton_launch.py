@@ -36,6 +36,9 @@ def load_parameters(p0, p1, p2, LEARNED: tl.constexpr):
     return p0, p1, p2
 
 
+HAS_MAP_ELEMENTWISE = tl.constexpr(hasattr(tl, "map_elementwise"))  # Triton 3.4, of torch 2.8, has not
+
+
 @tl.core.builtin
 def _by_element(function, *args, _semantic=None, _generator=None):
     """tl.map_elementwise of a function that is a compile-time argument, which Triton does not unwrap."""
@@ -45,7 +48,7 @@ def _by_element(function, *args, _semantic=None, _generator=None):
 @triton.jit
 def evaluated(x, p0, p1, p2, FUNCTION: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr):
     """The device function, element after element: operation after operation, intermediates would fill the registers."""
-    if INTERPRETED:
+    if INTERPRETED or not HAS_MAP_ELEMENTWISE:
         return FUNCTION(x, p0, p1, p2, EXACT)
     else:
         return _by_element(FUNCTION, x, p0, p1, p2)

@@ -53,13 +53,16 @@ def test_kernels_with_bias_and_scale(name, dtype):
         check(record, *inputs(record, (5, 9, 200), dtype), dtype)
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("xielu", torch.float8_e4m3fn), ("xsilu_glu2", torch.float8_e5m2), ("swiglu", torch.float8_e4m3fn)]
-)
-def test_fp8_kernels(name, dtype):
+@pytest.mark.parametrize("name, kind, rows, of_x", [
+    ("xielu", "e4m3fn", 75, "bfloat16"), ("xielu", "e4m3fn", 74, "bfloat16"), ("xielu", "e5m2", 72, "float16"),
+    ("xsilu_glu2", "e5m2", 72, "bfloat16"), ("swiglu", "e4m3fn", 75, "float32"), ("swiglu", "e5m2", 72, "bfloat16"),
+])  # fmt: skip
+def test_fp8_kernels(name, kind, rows, of_x):
+    """Of twice as many rows; transposed, 75 are stored as bytes, 74 in words of four, and 72 four words at a time."""
+    dtype = getattr(torch, f"float8_{kind}")
     record, largest, tolerance = activations.get(name), test_fp8.LARGEST[dtype], test_fp8.half_a_step(dtype)
-    x, dy, bias, p = test_fp8.inputs(record, (2, 75, 256 if record.gated else 200))
-    x, dy, bias = x.bfloat16(), dy.bfloat16(), bias.bfloat16()
+    x, dy, bias, p = test_fp8.inputs(record, (2, rows, 256 if record.gated else 200))
+    x, dy, bias = (t.to(getattr(torch, of_x)) for t in (x, dy, bias))
     y, dx, sums, dbias = test_fp8.exact(record, x, dy, bias, p)
     for scaling in (fp8.Blockwise(), fp8.PerTensor(torch.tensor([0.25]))):
         with emulated_gpu(seed=0), test_fused_linear.poison():

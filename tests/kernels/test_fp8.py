@@ -281,11 +281,6 @@ def test_per_tensor_kernels(name):
         assert (q.rows_RC.double() / 3.0 - true).abs().max() <= 1e-6 * size
     assert kernels.forward_amax(record, x, p, bias).item() == amax.max().item()
     assert kernels.forward_amax(record, -bias.expand_as(flat), p, bias).item() == 0.0, "a tile's padding counts"
-    kernels.BIAS_ABORTS, aborts = True, kernels.BIAS_ABORTS
-    apart = fp32_instead(rows, columns, scaling, True, True)
-    kernels._launch_forward(record, flat, p, bias, apart, scaling, torch.float8_e4m3fn)
-    kernels.BIAS_ABORTS = aborts
-    assert torch.equal(apart.rows_RC, ours.rows_RC)
     assert kernels.backward_amax(record, x, p, dy, bias).item() == back_amax.max().item()
     assert torch.allclose(partial.sum(0).double(), dbias, rtol=1e-5, atol=1e-5 * dbias.abs().max().item())
     for true, ours in zip(gradients.values(), dp.sum(1), strict=True):
@@ -353,9 +348,9 @@ def test_machine_code(name, direction, blockwise, kind):
     binary = compile_fp8(name, direction, blockwise, kind)
     record = activations.get(name)
     assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0, "spills"
-    assert binary.shared_bytes <= 32768
-    roundings = sum(n for o, n in binary.instructions.items() if o.startswith(f"F2FP.SATFINITE.{kind.upper()}"))
-    assert roundings == binary.elements // 2 * (2 if blockwise else 1), "two values to an instruction, saturating"
+    assert binary.shared_bytes <= 16384
+    # each value for both matrices, two to an instruction, saturating: of the second no byte is moved after rounding
+    assert binary.count(f"F2FP.SATFINITE.{kind.upper()}") == binary.elements // 2 * 2
     wide = [sum(n for o, n in binary.instructions.items() if o.startswith(k) and ".128" in o) for k in ("LDG", "STG")]
     # x and what belongs to it: up, or dy; a program of gated backward has x in two branches of which it takes one
     matrices = {"forward": 1 + record.gated, "backward": 2 + 2 * record.gated}[direction]
@@ -386,6 +381,11 @@ def test_the_gate_notices_narrow_stores():
     assert not any(".128" in opcode for opcode in binary.instructions if opcode.startswith("STG"))
 
 
+def test_the_gate_notices_bytes():
+    binary = compile_fp8("xielu", "forward", False, "e4m3", WORDS=False)
+    assert binary.count("F2FP.SATFINITE.E4M3") < binary.elements // 2 * 2
+
+
 def compile_fp8(name, direction, blockwise, kind, divisible=True, more=None, quantizes=True, **options):
     from compiled import compiled, parameters
 
@@ -395,8 +395,7 @@ def compile_fp8(name, direction, blockwise, kind, divisible=True, more=None, qua
     p = {q.symbol: torch.ones(1) if q.trainable else q.init for q in record.parameters}
     scaling = fp8.Blockwise() if blockwise else fp8.PerTensor(torch.ones(1))
     dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
-    num_warps = kernels.backward_warps(record) if direction == "backward" else kernels.NUM_WARPS
-    constants = kernels._launch(record, torch.empty(0), p, 1, scaling, dtype, num_warps)[3]
+    constants = kernels._launch(record, torch.empty(16384, 12288, device="meta"), p, 1, scaling, dtype)[3]
     if direction == "forward":
         constants["maxnreg"] = kernels.MAX_REGISTERS_OF_FORWARD[blockwise]
     constants |= options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from types import SimpleNamespace
 
@@ -56,18 +57,20 @@ def speed(context: Context, data: Entries) -> str:
 
 def _casts(context: Context) -> list[str]:
     """Those of the kernels' casts without the bits of torch's, whose rounding tests compare with fp64."""
-    x = context.randn(1111, 1664).to(torch.bfloat16)
     multiplier = torch.exp2(context.randn(1664, seed=1).round())
-    found = [] if torch.equal(fp8.amax(x, by_column=True), x.abs().amax(0).float()) else ["largest of the columns"]
-    for dtype in fp8.DTYPES:
-        scaling = fp8_product.scaling_for(fp8.amax(x), dtype)
-        for factors in (None, multiplier):
+    found = []
+    for rows in (1111, 1112):  # transposed, bytes are written, and words
+        x = context.randn(rows, 1664).to(torch.bfloat16)
+        if not torch.equal(fp8.amax(x, by_column=True), x.abs().amax(0).float()):
+            found.append(f"largest of the columns of {rows}")
+        for dtype, factors in itertools.product(fp8.DTYPES, (None, multiplier)):
+            scaling = fp8_product.scaling_for(fp8.amax(x), dtype)
             value = x.float() if factors is None else x.float() * factors
             ours = fp8.cast(x, scaling, dtype, multiplier=factors)
             theirs = fp8.quantize(value, scaling, dtype)
             for a, b in ((ours.rows_RC, theirs.rows_RC), (ours.columns_CR, theirs.columns_CR)):
                 if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-                    found.append(f"{dtype}{'' if factors is None else ' with factors'}")
+                    found.append(f"{rows} in {dtype}{'' if factors is None else ' with factors'}")
     return found
 
 
