@@ -73,9 +73,11 @@ def _load(pointer, offset, mask, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _plus_bias(x, bias_ptr, column, in_columns):
+def _load_biased(pointer, bias_ptr, shift, offset, column, mask, in_columns, INTERPRETED: tl.constexpr):
+    """x + bias, as _load; bias_ptr may be None. shift: 0, or the columns to up, of a row of x and of the bias alike."""
+    x = _load(pointer + shift, offset, mask, INTERPRETED)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(bias_ptr + shift + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     return x
 
 
@@ -181,11 +183,10 @@ def forward_kernel(
     x_offset = row[:, None].to(tl.int64) * width + column[None, :]
     if bias_ptr is not None:
         bias_ptr += first_column
-    x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
+    x = _load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, in_columns, INTERPRETED)
     y, _, _, _, _ = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
     if GATED:
-        up = _load(x_ptr + columns, x_offset, mask, INTERPRETED)
-        y *= _plus_bias(up, None if bias_ptr is None else bias_ptr + columns, column, in_columns)
+        y *= _load_biased(x_ptr, bias_ptr, columns, x_offset, column, mask, in_columns, INTERPRETED)
     if bias_ptr is not None:
         y = tl.where(mask, y, 0.0)  # every activation of 0 is 0, of a bias in a tile's padding it is not
     if multiplier_ptr is not None:
@@ -234,15 +235,14 @@ def backward_kernel(
     if half == 0:
         df = dy
         if GATED:
-            up = _load(x_ptr + columns, x_offset, mask, INTERPRETED)
-            df *= _plus_bias(up, None if bias_ptr is None else bias_ptr + columns, column, in_columns)
-        x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
+            df *= _load_biased(x_ptr, bias_ptr, columns, x_offset, column, mask, in_columns, INTERPRETED)
+        x = _load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, in_columns, INTERPRETED)
         _f, slope, d0, d1, d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = df * slope
         if dp_ptr is not None:
             store_sums(dp_ptr, tl.program_id(0), tl.num_programs(0), df * d0, df * d1, df * d2, LEARNED)
     else:
-        x = _plus_bias(_load(x_ptr, x_offset, mask, INTERPRETED), bias_ptr, column, in_columns)
+        x = _load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, in_columns, INTERPRETED)
         f, _slope, _d0, _d1, _d2 = evaluated(x, p0, p1, p2, FUNCTION, False, INTERPRETED)
         dx = dy * f
     first_column += half * columns

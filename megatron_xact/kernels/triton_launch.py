@@ -16,15 +16,6 @@ from megatron_xact.kernels.device_functions import MAX_PARAMETERS, device_functi
 
 
 @triton.jit
-def load_biased(pointer, bias_ptr, bias_offset, offset, column, mask, columns):
-    """x + bias in fp32, 0 where masked; bias_ptr may be None, `column` is the place in it from bias_offset on."""
-    x = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + bias_offset + column, mask=column < columns, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
 def load_parameters(p0, p1, p2, LEARNED: tl.constexpr):
     """A learned parameter comes as a pointer to one fp32, a fixed one as a number."""
     if LEARNED & 1:

@@ -28,7 +28,6 @@ from megatron_xact.kernels.triton_launch import (
     contiguous,
     device_of,
     learned,
-    load_biased,
     load_parameters,
     slots,
     store_sums,
@@ -70,6 +69,15 @@ def _tile(TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl
 
 
 @triton.jit
+def _load_biased(pointer, bias_ptr, bias_offset, offset, column, mask, columns):
+    """x + bias in fp32, 0 where masked; bias_ptr may be None, `column` is the place in it from bias_offset on."""
+    x = tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + bias_offset + column, mask=column < columns, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def forward_kernel(
     x_ptr, y_ptr, bias_ptr, scale_ptr, p0, p1, p2, rows, columns,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LEARNED: tl.constexpr,
@@ -81,10 +89,10 @@ def forward_kernel(
     row, column, _, _ = _tile(TILE_ROWS, TILE_COLUMNS, COLUMN_BLOCKS)
     mask = (row < rows) & (column < columns)
     x_offset = row * (columns * (2 if GATED else 1)) + column
-    x = load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    x = _load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
     y, _, _, _, _ = FUNCTION(x, p0, p1, p2, EXACT)
     if GATED:
-        y *= load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+        y *= _load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -106,13 +114,13 @@ def backward_kernel(
     mask = (row < rows) & (column < columns)
     width = columns * (2 if GATED else 1)
     x_offset, y_offset = row * width + column, row * columns + column
-    x = load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
+    x = _load_biased(x_ptr, bias_ptr, 0, x_offset, column, mask, columns)
     dy = tl.load(dy_ptr + y_offset, mask=mask, other=0.0).to(tl.float32)
     f, slope, d0, d1, d2 = FUNCTION(x, p0, p1, p2, EXACT)
     y = f
     df = dy  # gradient of y = f(x) up scale, by f
     if GATED:
-        up = load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
+        up = _load_biased(x_ptr, bias_ptr, columns, x_offset + columns, column, mask, columns)
         y = f * up
     if dscale_ptr is not None:
         tl.store(dscale_ptr + row * COLUMN_BLOCKS + column_block, sum_along(dy * y, 1)[:, None], mask=row < rows)
