@@ -73,11 +73,12 @@ def quantized(value: Tensor, dtype: torch.dtype, *, rows: bool = False, columns:
 
 class SecondProduct(NamedTuple):
     """How y and fc2's weight are quantized for y w2^T: factors, and what y's columns are multiplied by and w2's
-    divided by first, [F], or None."""
+    divided by first, [F], or None. w2_alone: w2's factor for other products, where it is not divided."""
 
     y: PerTensor
     w2: PerTensor
     multiplier: Tensor | None
+    w2_alone: PerTensor
 
 
 def second_product(
@@ -86,13 +87,16 @@ def second_product(
     """y = activation(pre + bias); smooth: with a multiplier, see `smoothing`."""
     if not smooth:
         amax = fp8.forward_amax(activation, pre, p, bias)
-        return SecondProduct(scaling_for(amax, VALUES), scaling_of(w2_HF, VALUES), None)
+        w2 = scaling_of(w2_HF, VALUES)
+        return SecondProduct(scaling_for(amax, VALUES), w2, None, w2)
     y_peaks, w2_peaks = fp8.forward_amax(activation, pre, p, bias, by_column=True), fp8.amax(w2_HF, by_column=True)
     multiplier = smoothing(y_peaks, w2_peaks)
     # of columns multiplied by powers of two, these are the largest exactly
-    amaxes = ((peaks * factor).amax().reshape(1) for peaks, factor in
-              ((y_peaks, multiplier), (w2_peaks, 1.0 / multiplier)))  # fmt: skip
-    return SecondProduct(*(scaling_for(amax, VALUES) for amax in amaxes), multiplier)
+    y, w2, w2_alone = (
+        scaling_for(peaks.amax().reshape(1), VALUES)
+        for peaks in (y_peaks * multiplier, w2_peaks * (1.0 / multiplier), w2_peaks)
+    )
+    return SecondProduct(y, w2, multiplier, w2_alone)
 
 
 def smoothing(activation_amax: Tensor, weight_amax: Tensor) -> Tensor:

@@ -77,11 +77,11 @@ class _FP8MLP(torch.autograd.Function):
         if call.hooked:
             call.tell_hooks(pre_MW, b1, backend_of(activation, pre_MW).forward(activation, pre_MW, p, b1))
 
-        y_scaling, w2_scaling, m_F = second_product(activation, pre_MW, p, b1, w2_HF, settings.smooth)
+        y_scaling, w2_scaling, m_F, w2_alone = second_product(activation, pre_MW, p, b1, w2_HF, settings.smooth)
         y8 = fp8.forward(activation, pre_MW, p, y_scaling, VALUES, columns=False, bias=b1, multiplier=m_F)
         w8 = fp8.cast(w2_HF, w2_scaling, VALUES, columns=False, multiplier=None if m_F is None else 1.0 / m_F)
         out_MH = product(y8.rows_RC, y8.row_scale_inv, w8.rows_RC, w8.row_scale_inv, x.dtype)
-        scales = x_scaling.scale, w1_scaling.scale, y_scaling.scale
+        scales = x_scaling.scale, w1_scaling.scale, y_scaling.scale, w2_alone.scale
         ctx.save_for_backward(x, pre_MW, w1_WH, b1, w2_HF, *scales, m_F, *learned)
         return out_MH.view(*whole.shape[:-1], w2_HF.shape[0])
 
@@ -89,14 +89,14 @@ class _FP8MLP(torch.autograd.Function):
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, dout):
-        x, pre_MW, w1_WH, b1, w2_HF, x_scale, w1_scale, y_scale, m_F, *learned = ctx.saved_tensors
+        x, pre_MW, w1_WH, b1, w2_HF, x_scale, w1_scale, y_scale, w2_scale, m_F, *learned = ctx.saved_tensors
         call: Call = ctx.call
         activation, p = call.activation, values_of(call.activation, learned)
         whole, gathering = call.start_gathering(x)
         gradients = GRADIENTS[ctx.settings.gradients]
 
         dout8 = quantized(rows_of(dout), gradients, rows=True, columns=True)
-        w8 = quantized(w2_HF, VALUES, columns=True)
+        w8 = fp8.cast(w2_HF, PerTensor(w2_scale), VALUES, rows=False)
         dy_MF = product(dout8.rows_RC, dout8.row_scale_inv, w8.columns_CR, w8.column_scale_inv, x.dtype)
         dpre_scaling = scaling_for(fp8.backward_amax(activation, pre_MW, p, dy_MF, b1), gradients)
         back = fp8.backward(activation, pre_MW, p, dy_MF, dpre_scaling, gradients, bias=b1)

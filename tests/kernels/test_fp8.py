@@ -172,7 +172,8 @@ def test_smoothing_saves_what_outliers_would_flush():
     exact = pre.double().relu().square() @ w2.double().T
     errors = {}
     for smooth in (False, True):
-        of_y, of_w2, m = fp8_product.second_product(record, pre, p, None, w2, smooth)
+        of_y, of_w2, m, alone = fp8_product.second_product(record, pre, p, None, w2, smooth)
+        assert alone.scale.item() == fp8.factor(w2.abs().max(), torch.float8_e4m3fn, power_of_two=True).item()
         y = fp8.forward(record, pre, p, of_y, multiplier=m)
         w = fp8.cast(w2, of_w2, torch.float8_e4m3fn, multiplier=None if m is None else 1 / m)
         out = fp8_product.product(y.rows_RC, y.row_scale_inv, w.rows_RC, w.row_scale_inv, torch.float32)
