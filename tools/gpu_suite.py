@@ -1,6 +1,6 @@
 """What only a GPU can prove about this project: run it there, commit the JSON it writes.
 
-    python tools/gpu_suite.py --out tools/results/kernels_h200.json    # everything, about 22 minutes
+    python tools/gpu_suite.py --out tools/results/kernels_h200.json    # everything, about 25 minutes
     python tools/gpu_suite.py --only bandwidth peers                   # sections or groups by name
     python tools/gpu_suite.py --quick                                  # small sizes, a few minutes
 
@@ -8,8 +8,8 @@ What FILE has of a section that came to its end is kept and not measured again (
 last ten minutes, the same file takes three:
 
     python tools/gpu_suite.py --out FILE --only correctness bandwidth tiles peers fp8-speed   # 8 minutes
-    python tools/gpu_suite.py --out FILE --only speed                                         # what is left of it, 7
-    python tools/gpu_suite.py --out FILE --only training                                      # 7
+    python tools/gpu_suite.py --out FILE --only speed                                         # what is left of it, 9
+    python tools/gpu_suite.py --out FILE --only training                                      # 8
 
 Every section is a process of its own, and large ones are several parts: one that crashes, hangs or loses the GPU takes
 no other with it. Those that are timed run alone, after the others, which run side by side. FILE is written as they find
@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from megatron_xact import installed  # noqa: E402
+from megatron_xact.kernels.backends import triton_unavailable_reason  # noqa: E402
 from tools.gpu import jobs, sections  # noqa: E402
 from tools.gpu.jobs import Job  # noqa: E402
 from tools.gpu.results import Results  # noqa: E402
@@ -59,6 +60,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU here; --device cpu tests the suite itself", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and (reason := triton_unavailable_reason()):
+        print(f"gpu_suite: Triton's kernels cannot run here: {reason}", file=sys.stderr)
         return 2
     quick = args.quick or args.device == "cpu"
     asked = jobs_of(sections.named(args.only), args.device, quick, args.limit)

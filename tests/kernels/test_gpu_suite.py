@@ -27,7 +27,8 @@ from tools.gpu.results import Results  # noqa: E402
 from tools.gpu.sections import SECTIONS, Section, named  # noqa: E402
 
 CPU = torch.device("cpu")
-MACHINE = {"gpu": None, "commit": "abc", "quick": True}
+MACHINE = {"gpu": None, "commit": "abc", "quick": True, "versions": {"torch": "2"}}
+PYTHON = sys.executable
 
 
 def suite(*words):
@@ -94,7 +95,7 @@ def test_the_fastest_of_what_is_fused_is_judged(tmp_path):
     mlp_speed._judge(data, "forward", seconds, "GEMM alone", 1.06)
     assert data.targets == {"forward, quack b": {"value": 1.1, "met": False, "at most": 1.06}}
     mlp_speed._judge(data, "backward", {"GEMM alone": [1.0], "unfused": [0.5]}, "GEMM alone", 1.06)
-    assert len(data.targets) == 1
+    assert not data.targets["backward, nothing fused ran"]["met"]
 
 
 # --- sections as processes --------------------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ def sigterm():
 
 
 def test_sections_that_hang_or_die_keep_what_they_had_found_and_the_others_go_on(tmp_path, capsys, sigterm):
-    hang = "subprocess.Popen(['sleep', '98.7'], start_new_session=True); time.sleep(99)"
+    at = "write('running', start=start, at='a kernel'); "
+    hang = at + "subprocess.Popen(['sleep', '98.7'], start_new_session=True); time.sleep(99)"
     asked = [job("hangs", hang, limit=2.0), job("dies", "os.kill(os.getpid(), signal.SIGKILL)"), job("works")]
     assert gpu_suite.run(asked, Results(tmp_path / "out.json", MACHINE), again=False, gib=1.0) == 1
     written = json.loads((tmp_path / "out.json").read_text())["sections"]
@@ -135,7 +137,9 @@ def test_sections_that_hang_or_die_keep_what_they_had_found_and_the_others_go_on
     assert all(section["data"]["start"] > 0 and section["targets"]["t"]["met"] for section in written.values())
     assert not any(p.info["cmdline"] == ["sleep", "98.7"] for p in psutil.process_iter(["cmdline"]))
     table = capsys.readouterr().out.splitlines()[-6:]
-    assert table[0].startswith("hangs ") and table[0].endswith("it took longer than 2 s; --limit gives it more")
+    assert table[0].startswith("hangs ") and table[0].endswith(
+        "took longer than 2 s; --limit gives it more; it was at a kernel"
+    )
     assert table[2].endswith("its process ended with -9 (a signal)")
     assert table[5].split() == ["met", "t:", "1", "(at", "most", "2)"]
 
@@ -175,6 +179,35 @@ def test_a_file_of_another_commit_is_not_gone_on_with(tmp_path):
     assert Results(tmp_path / "out.json", MACHINE).has("a")
     with pytest.raises(ValueError, match="is of commit abc, this would be of def: choose another --out"):
         Results(tmp_path / "out.json", MACHINE | {"commit": "def"})
+
+
+def test_what_was_skipped_runs_where_more_is_installed_which_is_recorded(tmp_path):
+    first = Results(tmp_path / "out.json", MACHINE)
+    first.put("a", {"status": "ok"})
+    first.put("b", {"status": "skipped"})
+    more = {"torch": "2", "megatron-core": "0.19.2"}
+    second = Results(tmp_path / "out.json", MACHINE | {"versions": more})
+    assert second.has("a") and not second.has("b")
+    second.put("b", {"status": "ok"})
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["machine"] == MACHINE and written["sections"] == {
+        "a": {"status": "ok"}, "b": {"status": "ok", "versions": more}
+    }  # fmt: skip
+
+
+def test_numbers_that_json_has_not_are_told_all_the_same(tmp_path):
+    def finds(context, data):
+        data["errors"] = {"a": [math.inf, -math.inf, 1.0]}
+        data.target("a", math.nan, at_most=1.0)
+        return "found"
+
+    path = tmp_path / "entries.json"
+    child.run(Section("correctness", finds, 1.0), Context(CPU, quick=True), path)
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found["data"]["errors"] == {"a": ["inf", "-inf", 1.0]} and found["targets"]["a"]["value"] == "nan"
+    results = Results(None, MACHINE)
+    results.put("finds", found | {"seconds": 1.0})
+    assert results.table(["finds"]).splitlines()[1].split() == ["MISSED", "a:", "nan", "(at", "most", "1)"]
 
 
 def test_without_git_nobody_knows_what_was_committed(monkeypatch, tmp_path):
@@ -238,6 +271,39 @@ def test_nan_and_nothing_miss_every_target(tmp_path):
     assert over_bound(torch.tensor([1.0, math.nan]), torch.ones(2, dtype=torch.float64)) == math.inf
 
 
+def test_targets_missed_before_a_section_cannot_go_on_are_not_forgotten(tmp_path):
+    def skips(context, data):
+        data.target("a", 3.0, at_most=2.0)
+        context.needs("no_such_module")
+
+    assert of(skips, tmp_path)[1:] == ("missed", "no_such_module is not installed")
+
+
+LOG = "[rank0]:[W1124 03:00:00.0 ProcessGroupNCCL.cpp:1] Warning: destroy_process_group() was not called"
+
+
+@pytest.mark.parametrize(
+    "body, limit, how",
+    [
+        (f"print('loading'); print('xact: error: no', file=sys.stderr); print('{LOG}'); sys.exit(3)", 60.0,
+         "xact pretrain ended with 3: xact: error: no"),
+        ("print('stuck here', flush=True); subprocess.Popen(['sleep', '98.6']); time.sleep(99)", 2.0,
+         "xact pretrain took longer than 2 s"),
+    ],
+    ids=["fails", "hangs"],
+)  # fmt: skip
+def test_what_a_command_printed_is_kept_when_it_does_not_end_well(body, limit, how, tmp_path, monkeypatch):
+    program = f"import subprocess, sys, time\n{body}"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {PYTHON} -c "$PROGRAM"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PROGRAM", program)
+    data, status, said = of(lambda context, data: processes.xact("pretrain", limit=limit), tmp_path)
+    assert (status, said) == ("FAILED", how)
+    assert data["output"].startswith(body[len("print('") :].partition("'")[0])
+    assert not any(p.info["cmdline"] == ["sleep", "98.6"] for p in psutil.process_iter(["cmdline"]))
+
+
 class PlantsNaN(Context):
     """Its kernels are right but for one NaN, in dx or in a parameter's gradient."""
 
@@ -245,10 +311,13 @@ class PlantsNaN(Context):
     def backend(self):
         return self
 
+    def forward(self, *args):
+        return reference.forward(*args)
+
     def backward(self, *args, **options):
         back = reference.backward(*args, **options)
         for gradient in (back.dx, *back.parameters.values()):
-            gradient.view(-1)[0] = math.nan
+            gradient.view(-1)[:1] = math.nan
         return back
 
 
@@ -256,6 +325,32 @@ class PlantsNaN(Context):
 def test_a_planted_nan_is_not_correct(section, tmp_path):
     data, status, _ = of(section, tmp_path, PlantsNaN(CPU, True, part=0, parts=25))
     assert status == "missed" and not any(target["met"] for target in data.targets.values())
+
+
+class WrongWithoutBias(PlantsNaN):
+    """Its kernels are right with a bias; without one, which are kernels of their own, `wrong` is 1 % too large."""
+
+    wrong = ""
+
+    def forward(self, record, x, p, *fused):
+        y = reference.forward(record, x, p, *fused)
+        return 1.01 * y if self.wrong == "y" and not fused else y
+
+    def backward(self, record, x, p, dy, *fused, **options):
+        back = reference.backward(record, x, p, dy, *fused, **options)
+        if self.wrong == "dx" and not fused:
+            return back._replace(dx=1.01 * back.dx)
+        if self.wrong == "alpha" and not fused:
+            return back._replace(parameters={symbol: 1.01 * value for symbol, value in back.parameters.items()})
+        return back
+
+
+@pytest.mark.parametrize("wrong, missed", [("y", 2), ("dx", 2), ("alpha", 1), ("", 0)])
+def test_kernels_without_bias_are_compared_too(wrong, missed, tmp_path, monkeypatch):
+    monkeypatch.setattr(WrongWithoutBias, "wrong", wrong)
+    data, status, _ = of(correctness.accuracy, tmp_path, WrongWithoutBias(CPU, True, part=0, parts=25))
+    assert status == ("missed" if missed else "ok")
+    assert sum(not target["met"] for target in data.targets.values()) == missed
 
 
 def test_a_planted_nan_in_an_fp8_product_is_not_correct(tmp_path, monkeypatch):
@@ -286,12 +381,12 @@ def test_a_peer_that_breaks_leaves_the_others_their_numbers(tmp_path, monkeypatc
     assert "xielu bfloat16 eager" in data["speedups"]
 
 
-def test_contenders_take_turns_and_one_that_cannot_run_is_left_out():
-    calls, absent = [], {}
+def test_contenders_take_turns_and_one_that_cannot_run_is_left_out(tmp_path):
+    calls, data = [], Entries(tmp_path / "entries.json")
     contenders = {"a": lambda: calls.append("a"), "broken": lambda: 1 / 0, "b": lambda: calls.append("b")}
-    found = timing.in_turns(Context(CPU, quick=True), contenders, 5, absent)
+    found = timing.in_turns(Context(CPU, quick=True), contenders, 5, data)
     assert {label: len(times) for label, times in found.items()} == {"a": 5, "b": 5}
-    assert calls[-4:] == ["a", "b", "a", "b"] and absent == {"broken": "ZeroDivisionError: division by zero"}
+    assert calls[-4:] == ["a", "b", "a", "b"] and data == {"absent": {"broken": "ZeroDivisionError: division by zero"}}
 
 
 def test_operands_and_results_rotate():
@@ -313,9 +408,11 @@ def test_a_step_of_the_papers_model_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "RUNS", {name: step.RUNS[name] for name in ("relu2", "xielu", "xielu, fused")})
     data, status, said = of(step.step, tmp_path)
     assert status == "missed" and list(data["failed"]) == ["xielu, fused"]  # Triton's kernels need a GPU
-    assert "xact pretrain ended with 2: xact: error: " in data["failed"]["xielu, fused"]
+    assert "xact pretrain ended with 2: xact: error: " in data["failed"]["xielu, fused"]["how"]
+    assert "triton" in data["failed"]["xielu, fused"]["output"]
     relu2, xielu = (data["runs"][name] for name in ("relu2", "xielu"))
     assert len(xielu["every_step"]) == step.STEPS - step.WARMUP and min(xielu["every_step"]) > 0
+    assert any("xielu in every MLP" in line for line in xielu["ways"])
     ratio = relu2["tokens_per_second"] / xielu["tokens_per_second"]
     assert len(xielu["losses"]) == step.STEPS and 5 < xielu["losses"][0] < 8
     assert data["ratios"] == {"xielu / relu2": pytest.approx(ratio)} and said == f"time xielu / relu2 {ratio:.3f}"
@@ -330,13 +427,14 @@ def test_the_steps_that_are_compared_differ_by_the_activation_alone(tmp_path):
         path = tmp_path / f"{name}.toml"
         path.write_text(step.config_of(Context(CPU, quick=False), file, mlp))
         runs[name] = config.load(path)
-    relu2, swiglu, *xielu = (run.megatron for run in runs.values())
-    assert all(one == relu2 for one in xielu) and swiglu | {"ffn-hidden-size": 9216} == relu2
+    relu2, swiglu, *others = (run.megatron for run in runs.values())
+    assert all(one == relu2 for one in others) and swiglu | {"ffn-hidden-size": 9216} == relu2
     assert (relu2["ffn-hidden-size"], swiglu["ffn-hidden-size"]) == (9216, 6144)
     assert (relu2["micro-batch-size"], relu2["global-batch-size"], relu2["num-layers"]) == (5, 10, 24)
     assert relu2["bf16"] and "save" not in relu2
     assert [(r.activation.name, r.mlp) for r in runs.values()] == [
-        ("relu2", "unfused"), ("swiglu", "unfused"), ("xielu", "unfused"), ("xielu", "triton"), ("xielu", "auto")
+        ("relu2", "unfused"), ("swiglu", "unfused"), ("xielu", "unfused"), ("xielu", "triton"), ("xielu", "auto"),
+        ("relu2", "unfused"),
     ]  # fmt: skip
 
 

@@ -36,16 +36,23 @@ def run(section: Section, context: Context, file: Path) -> Entries:
         said = section.run(context, data)
         if section.timed:
             data["clocks after"] = timing.clocks_under_load(context)
-        status = "ok" if all(target["met"] for target in data.targets.values()) else "missed"
+        status = "ok" if met(data) else "missed"
     except Skip as why:
-        status, said = "skipped", str(why)
-    except (Failure, Ended) as why:
+        status, said = "skipped" if met(data) else "missed", str(why)
+    except Ended as why:
+        data["output"] = why.output
+        status, said = "FAILED", str(why)
+    except Failure as why:
         status, said = "FAILED", str(why)
     except Exception as error:
         traceback.print_exc()
         status, said = "FAILED", timing.reason(error)
     data.save(status=status, said=said)
     return data
+
+
+def met(data: Entries) -> bool:
+    return all(target["met"] for target in data.targets.values())
 
 
 if __name__ == "__main__":

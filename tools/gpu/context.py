@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,16 @@ class Entries(dict):
         worst = max(errors, key=lambda label: as_error(errors[label]))
         count = f"{len(over)} of {len(errors)} too large, " if over else ""
         self.target(f"{what}: {count}{worst}", errors[worst], at_most=bound)
+
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """While this goes on, the file says what it is: which kernel it was, if it never ends."""
+        self["at"] = what
+        self.save()
+        try:
+            yield
+        finally:
+            del self["at"]
 
     def save(self, **outcome: str) -> None:
         write(self.path, {"status": "running", "said": ""} | outcome | {"targets": self.targets, "data": self})
@@ -104,7 +115,7 @@ class Context:
 
     def randn(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(*shape, generator=generator, device=self.device, dtype=dtype)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=dtype)
 
     def parameters(self, activation: Activation, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | float]:
         """Effective values: learned ones as the fp32 numbers that a kernel reads, in the dtype asked for."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 from megatron_xact import activations
+from megatron_xact.activations import Activation
+from megatron_xact.activations.record import Values
+from megatron_xact.kernels import fp8, reference
 from tools.gpu.context import Context, Entries, Skip, as_error, over_bound
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def accuracy(context: Context, data: Entries) -> str:
-    """Every function and derivative over [-1e4, 1e4] within the bound, and every kernel with bias and scale."""
+    """Every function and derivative over [-1e4, 1e4] within the bound; every kernel, with bias and scale or without."""
     from accuracy import NAMES
 
     data["functions"], data["kernels"] = {}, {}  # error over its bound
@@ -20,10 +26,13 @@ def accuracy(context: Context, data: Entries) -> str:
         data.save()
     for name in context.mine(activations.names()):
         for dtype in DTYPES:
-            data["kernels"][f"{name} {dtype}"] = _kernel_error(context, name, dtype)
-            data.save()
+            with data.trying(f"{name} {dtype}"):
+                data["kernels"] |= _kernel_errors(context, name, dtype)
+    if context.part == 0:
+        data["unusual inputs"] = _unusual_inputs(context)
+        data.target("unusual inputs with another result", len(data["unusual inputs"]), at_most=0)
     data.all_at_most("error over its bound", 1.0, data["functions"] | data["kernels"])
-    return f"{len(data['functions'])} functions and {len(data['kernels'])} kernels"
+    return f"{len(data['functions'])} functions and {len(data['kernels'])} results of kernels"
 
 
 def _function_errors(context: Context, name: str) -> dict[str, float]:
@@ -41,21 +50,72 @@ def _function_errors(context: Context, name: str) -> dict[str, float]:
     return found
 
 
-def _kernel_error(context: Context, name: str, dtype: torch.dtype) -> float:
-    """Largest error of all results with bias and scale, over its bound."""
+def _kernel_errors(context: Context, name: str, dtype: torch.dtype) -> dict[str, float]:
+    """Error over its bound of every result, by what it is: without bias and scale, which are kernels of their own, and
+    with them."""
     record = activations.get(name)
     rows, columns = (37, 1001) if context.quick else (517, 3001)
     width = columns * (1 + record.gated)
     x = (3 * context.randn(rows, width)).to(dtype)
     dy, bias = context.randn(rows, columns, seed=1).to(dtype), context.randn(width, seed=2).to(dtype)
     scale = context.randn(rows, seed=3)
-    back = context.backend.backward(record, x, context.parameters(record), dy, bias, scale, emit_y=True)
-    p64 = context.parameters(record, torch.float64)
-    from megatron_xact.kernels import reference
+    p, p64 = context.parameters(record), context.parameters(record, torch.float64)
+    found = {}
+    for way, fused in (("", ()), (" with bias and scale", (bias, scale))):
+        y = context.backend.forward(record, x, p, *fused)
+        back = context.backend.backward(record, x, p, dy, *fused, emit_y=bool(fused))
+        exact = reference.backward(record, x.double(), p64, dy.double(), *(t.double() for t in fused), emit_y=True)
+        pairs = {"y": (y, exact.y), "dx": (back.dx, exact.dx)}
+        if fused:
+            pairs |= {
+                "y again": (back.y, exact.y),
+                "d bias": (back.bias, exact.bias),
+                "d scale": (back.scale, exact.scale),
+            }
+        errors = {what: over_bound(ours, true) for what, (ours, true) in pairs.items()}
+        # bounds as of `sums`; magnitudes: what sums of the same terms without their signs would be
+        terms = _magnitudes(record, x, p64, dy, *fused)
+        for symbol, value in back.parameters.items():
+            true = exact.parameters[symbol]
+            bound = torch.maximum(1e-5 * true.abs(), 1e-6 * terms[symbol])
+            errors[f"d {symbol}"] = as_error((value.double() - true).abs() / bound)
+        found |= {f"{name} {dtype} {what}{way}": error for what, error in errors.items()}
+    return found
 
-    exact = reference.backward(record, x.double(), p64, dy.double(), bias.double(), scale.double(), emit_y=True)
-    pairs = ((back.y, exact.y), (back.dx, exact.dx), (back.bias, exact.bias), (back.scale, exact.scale))
-    return max(over_bound(ours, true) for ours, true in pairs)
+
+def _magnitudes(record: Activation, x: Tensor, p64: Values, dy: Tensor, bias=None, scale=None) -> dict[str, Tensor]:
+    """Sums of what the parameters' gradients are sums of, all taken as positive."""
+    x = x.double() if bias is None else x.double() + bias
+    dy = dy.double() if scale is None else dy.double() * scale.unsqueeze(-1)
+    if record.gated:
+        x, up = x.chunk(2, -1)
+        dy = dy * up
+    _, partials = record.maths.slopes(x, p64)
+    return {symbol: (dy * partial).abs().sum() for symbol, partial in partials.items()}
+
+
+def _unusual_inputs(context: Context) -> list[str]:
+    """Shapes, strides and values for which the kernels do not do what fp64 does, rounded."""
+    shapes = {"no elements": (0, 256), "one element": (), "a vector": (7,), "four dimensions": (2, 3, 5, 8)}
+    given = {what: context.randn(*shape) for what, shape in shapes.items()}
+    given["transposed"] = context.randn(64, 48).T
+    given["every other column"] = context.randn(33, 64)[:, ::2]
+    values = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0]
+    given["special values"] = torch.tensor(values, device=context.device)
+    found = []
+    for name in ("xielu", "swiglu"):
+        record = activations.get(name)
+        p, p64 = context.parameters(record), context.parameters(record, torch.float64)
+        for what, x in given.items():
+            if record.gated and (x.dim() == 0 or x.shape[-1] % 2):
+                continue
+            dy = torch.ones(record.output_shape(x.shape), device=context.device)
+            ours = context.backend.forward(record, x, p), context.backend.backward(record, x, p, dy).dx
+            exact = reference.backward(record, x.double(), p64, dy.double(), emit_y=True)
+            pairs = zip(ours, (exact.y, exact.dx), strict=True)
+            if not all(torch.allclose(a, b.float(), rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in pairs):
+                found.append(f"{name}, {what}")
+    return found
 
 
 def sums(context: Context, data: Entries) -> str:
@@ -79,28 +139,62 @@ def sums(context: Context, data: Entries) -> str:
 
 def huge(context: Context, data: Entries) -> str:
     """More than 2^31 elements: the same bits as the pieces on their own, and sums that agree with the pieces' sums."""
-    n = (1 << 22) + 4097 if context.quick else (1 << 31) + 4097
-    if context.on_gpu and torch.cuda.mem_get_info(context.device)[0] < 12 * n:
-        raise Skip(f"{n:,} bf16 elements need {12 * n >> 30} GiB of free GPU memory")
-    record = activations.get("xielu")
-    p = context.parameters(record)
-    x, dy = context.randn(n, dtype=torch.bfloat16), context.randn(n, seed=1, dtype=torch.bfloat16).abs_()
-    y = context.backend.forward(record, x, p)
-    back = context.backend.backward(record, x, p, dy)
-    step = -(-n // 8 // 4096) * 4096
+    beyond = 1 << (22 if context.quick else 31)
+    wide = 96 if context.quick else 12288
+    rows = beyond // (2 * wide) // 128 * 128 + 256
+    # the first is a multiple of nothing, which is code of its own; and gated, with a bias, row by row
+    cases = {"xielu": ((beyond + 4097,), (beyond + 4096,)), "swiglu": ((rows, 2 * wide),)}
+    if context.on_gpu and torch.cuda.mem_get_info(context.device)[0] < 14 * beyond:
+        raise Skip(f"{beyond:,} bf16 elements need {14 * beyond >> 30} GiB of free GPU memory")
+    data["differ"] = []
+    errors = {}
+    for name, shapes in cases.items():
+        for shape in shapes:
+            with data.trying(f"{name} {shape}"):
+                errors |= _huge(context, activations.get(name), shape, data["differ"])
+    if not context.on_gpu or torch.cuda.get_device_capability(context.device) >= (8, 9):
+        with data.trying("FP8"):
+            data["differ"] += _huge_fp8(context, activations.get("xielu"), (2 * rows, wide))
+    data.target("pieces whose bits differ", len(data["differ"]), at_most=0)
+    data.all_at_most("gradient beside the sum of the pieces'", 1e-5, errors)
+    return f"more than {beyond:,} elements"
+
+
+def _huge(context: Context, record: Activation, shape: tuple[int, ...], differ: list[str]) -> dict[str, float]:
+    """Relative errors of the parameters' gradients; pieces whose bits differ go into `differ`."""
+    p, bias = context.parameters(record), None
+    x = context.randn(*shape, dtype=torch.bfloat16)
+    dy = context.randn(*record.output_shape(x.shape), seed=1, dtype=torch.bfloat16).abs_()
+    if record.gated:
+        bias = context.randn(shape[-1], seed=2, dtype=torch.bfloat16)
+    y = context.backend.forward(record, x, p, bias)
+    back = context.backend.backward(record, x, p, dy, bias)
+    step = -(-shape[0] // 8 // 128) * 128
     totals = dict.fromkeys(back.parameters, 0.0)
-    data["differ"] = differ = []
-    for start in range(0, n, step):
-        part = slice(start, min(n, start + step))
-        piece = context.backend.backward(record, x[part], p, dy[part])
-        results = {"y": (context.backend.forward(record, x[part], p), y[part]), "dx": (piece.dx, back.dx[part])}
-        differ += [f"{what} from {start:,}" for what, (ours, whole) in results.items() if not torch.equal(ours, whole)]
+    for start in range(0, shape[0], step):
+        part = slice(start, min(shape[0], start + step))
+        piece = context.backend.backward(record, x[part], p, dy[part], bias)
+        pieces = {"y": (context.backend.forward(record, x[part], p, bias), y[part]), "dx": (piece.dx, back.dx[part])}
+        differ += [f"{record.name} {shape} {what} from {start:,}" for what, (ours, whole) in pieces.items()
+                   if not torch.equal(ours, whole)]  # fmt: skip
         for symbol, value in piece.parameters.items():
             totals[symbol] += value.item()
-    data.target("pieces whose bits differ", len(differ), at_most=0)
-    errors = {s: abs(value.item() - totals[s]) / abs(totals[s]) for s, value in back.parameters.items()}
-    data.all_at_most("gradient beside the sum of the pieces'", 1e-5, errors)
-    return f"{n:,} elements"
+    return {f"{record.name} {shape} {s}": as_error(abs(value.item() - totals[s]) / abs(totals[s]))
+            for s, value in back.parameters.items()}  # fmt: skip
+
+
+def _huge_fp8(context: Context, record: Activation, shape: tuple[int, int]) -> list[str]:
+    """Pieces of a matrix whose FP8 copies, blocks' factors left out, have other bits."""
+    p, x = context.parameters(record), context.randn(*shape, dtype=torch.bfloat16)
+    whole = fp8.forward(record, x, p, fp8.Blockwise())
+    found, step = [], -(-shape[0] // 8 // 128) * 128
+    for start in range(0, shape[0], step):
+        part = slice(start, min(shape[0], start + step))
+        piece = fp8.forward(record, x[part], p, fp8.Blockwise())
+        pairs = {"rows": (piece.rows_RC, whole.rows_RC[part]), "columns": (piece.columns_CR, whole.columns_CR[:, part])}
+        found += [f"FP8 {what} from {start:,}" for what, (ours, theirs) in pairs.items()
+                  if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))]  # fmt: skip
+    return found
 
 
 def determinism(context: Context, data: Entries) -> str:
@@ -159,14 +253,12 @@ def memory(context: Context, data: Entries) -> str:
 
 def quantized(context: Context, data: Entries) -> str:
     """FP8 forward and backward, every activation and way to scale, against fp64: the hardware's rounding included."""
-    from megatron_xact.kernels import fp8
-
     context.needs_fp8()
     data["steps"], data["gradients"] = {}, {}  # of FP8: 0.5 is correct rounding; error over its bound
     for name in context.mine(activations.names()):
         for dtype in fp8.DTYPES:
-            _quantized(context, name, dtype, data)
-            data.save()
+            with data.trying(f"{name} {dtype}"):
+                _quantized(context, name, dtype, data)
     data.all_at_most("steps of FP8 from the exact value", 0.51, data["steps"])
     if data["gradients"]:
         data.all_at_most("parameter gradient's error over its bound", 1.0, data["gradients"])
@@ -174,8 +266,6 @@ def quantized(context: Context, data: Entries) -> str:
 
 
 def _quantized(context: Context, name: str, dtype: torch.dtype, data: Entries) -> None:
-    from megatron_xact.kernels import fp8, reference
-
     record = activations.get(name)
     rows, columns = (272, 400) if context.quick else (4448, 1680)  # no tile divides them
     if dtype == torch.float8_e5m2:

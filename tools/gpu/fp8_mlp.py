@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
-from megatron_xact.installed import present
 from megatron_xact.kernels import fp8, fp8_product, mlp_timing
 from megatron_xact.kernels.mlp_timing import Operands, Shape
 from tools.gpu import timing
@@ -32,8 +31,7 @@ def correctness(context: Context, data: Entries) -> str:
     data.target("casts whose bits are not torch's", len(data["casts unlike torch's"]), at_most=0)
     data["product_error"] = _product_errors(context)
     data.all_at_most("error of a product", PRODUCT_ERROR, data["product_error"])
-    if not present("megatron"):
-        return "casts and products; no MLP was run: megatron-core is not installed"
+    context.needs("megatron")  # for MLPs; the casts and products count all the same
     data["errors"] = {}
     for name in NAMES:
         for smooth in (False, True):
@@ -50,7 +48,7 @@ def speed(context: Context, data: Entries) -> str:
     context.needs("megatron")
     data["times"], data["absent"] = [], {}
     for name in NAMES:
-        data["times"].append(_times(context, activations.get(name), data["absent"]))
+        data["times"].append(_times(context, activations.get(name), data))
         data.save()
     return f"{len(NAMES)} activations, beside bf16"
 
@@ -114,7 +112,7 @@ def _run(o: Operands, smooth: bool) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [o.x_MH, o.w1_WH, o.w2_HF, *o.learned], o.dout_MH)]
 
 
-def _times(context: Context, record: Activation, absent: dict[str, str]) -> dict:
+def _times(context: Context, record: Activation, data: Entries) -> dict:
     """Forward and backward beside the same MLP in bf16 and its six products alone."""
     hidden, ffn = (32, 64) if context.quick else WIDTHS[record.gated]
     o = mlp_timing.operands(record, Shape(64 if context.quick else 16384, hidden, ffn, torch.bfloat16), context.device)
@@ -127,7 +125,7 @@ def _times(context: Context, record: Activation, absent: dict[str, str]) -> dict
         "fp8": lambda: _run(o, False),
         "fp8 smooth": lambda: _run(o, True),
     }
-    seconds = timing.in_turns(context, calls, 3 if context.quick else 20, absent)
+    seconds = timing.in_turns(context, calls, 3 if context.quick else 20, data)
     floor = statistics.median(seconds["bf16"])
     print(f"{record.name} {o.x_MH.shape[0]} x {hidden} x {ffn}: " + ", ".join(
         f"{label} {statistics.median(s) * 1e3:.3f} ms ({statistics.median(s) / floor:.2f})"

@@ -26,7 +26,7 @@ class Job:
     name: str
     command: list[str]  # the file to write is put after it
     limit: float  # seconds
-    expected: float = 0.0  # seconds; the longest start first
+    expected: float = 0.0  # seconds; of those side by side the longest start first
     gib: float = 0.0  # of GPU memory
     alone: bool = False
     file: Path | None = None
@@ -54,7 +54,7 @@ class Job:
 
 def run(jobs: Sequence[Job], cores: int, gib: float, tell: Callable[[str, dict], None]) -> None:
     """tell(name, section): whenever one has found more, and when it ended. gib: the GPU's memory."""
-    waiting = sorted(jobs, key=lambda job: (job.alone, -job.expected))
+    waiting = sorted(jobs, key=lambda job: (job.alone, 0.0 if job.alone else -job.expected))
     running: list[Job] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -96,6 +96,8 @@ def _has_ended(job: Job, tell: Callable[[str, dict], None]) -> bool:
     else:
         outcome = {}
     section = job.found() | outcome
+    if outcome and (at := section["data"].get("at")):
+        section["said"] += f"; it was at {at}"
     tell(job.name, section)
     print(f"--- {job.name}: {section['status']}, {section['seconds']} s: {section['said']}", flush=True)
     return True

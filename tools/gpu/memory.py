@@ -15,6 +15,7 @@ from tools.gpu.processes import ROOT, Ended, xact
 
 TOLERANCE = 0.10
 STEPS = 4
+LIMIT = 180.0  # seconds of a run: less than the section's, which could not say what hung
 
 CONFIG = """
 base = "{root}/configs/llama.toml"
@@ -77,12 +78,12 @@ def plan(context: Context, data: Entries) -> str:
             with tempfile.TemporaryDirectory() as folder:
                 case = data["cases"][name] = compared(Path(folder), layer, *CASES[name])
         except Ended as why:
-            data["failed"][name] = str(why)
+            data["failed"][name] = {"how": str(why), "output": why.output}
             continue
         data.target(f"{name}: planned over measured peak", case["planned"] / case["measured"],
                     at_least=1 - TOLERANCE, at_most=1 + TOLERANCE)  # fmt: skip
     data.target("cases that could not be run", len(data["failed"]), at_most=0)
-    return "; ".join(f"{name}: {why}" for name, why in data["failed"].items()) or ", ".join(data["cases"])
+    return "; ".join(f"{name}: {why['how']}" for name, why in data["failed"].items()) or ", ".join(data["cases"])
 
 
 def compared(folder: Path, layer: str, sizes: dict, flags: tuple[str, ...]) -> dict:
@@ -106,8 +107,9 @@ def planned(folder: Path, layer: str, sizes: dict, flags: tuple[str, ...]):
 
 def measured(folder: Path, flags: tuple[str, ...]) -> int:
     """max_memory_allocated of a run of the config in `folder`, as Megatron logs it to TensorBoard."""
-    xact("pretrain", folder / "case.toml", "--nproc-per-node", 1, "--tensorboard-dir", folder / "tensorboard", *flags)
-    return int(max(scalars(folder / "tensorboard")["mem-max-allocated-bytes"].values()))
+    board = folder / "tensorboard"
+    xact("pretrain", folder / "case.toml", "--nproc-per-node", 1, "--tensorboard-dir", board, *flags, limit=LIMIT)
+    return int(max(scalars(board)["mem-max-allocated-bytes"].values()))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

@@ -7,6 +7,7 @@ and backward by each backend with its fastest tiles, beside its six products alo
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -29,12 +30,13 @@ TENSOR_PARALLEL = (1, 2, 4)
 # At hidden 2048, ffn 12288, of cuBLAS's time for the same products, on an H200
 TARGETS = {FORWARD: 1.06, BACKWARD: 1.10}
 OF_GEMMS = 1.03  # forward + backward of the MLP
+OF_UNFUSED = 1.02  # of the way that is chosen: never slower, but for what two measurements differ by
 
 
 def speed(context: Context, data: Entries) -> str:
     """Every tile of two activations, and MLPs of all; targets for xielu at the first shape."""
     absent, backends = available(context)
-    data |= {"absent": absent, "kernels": [], "mlp": []}
+    data |= {"absent": absent, "kernels": [], "mlp": [], "chosen": {}}
     for name in context.mine(NAMES):
         record = activations.get(name)
         for shape in _shapes(context, record.gated):
@@ -47,6 +49,7 @@ def speed(context: Context, data: Entries) -> str:
             seconds = _whole(context, data, o, shape, backends)
             if judged:
                 _judge(data, "MLP beside its GEMMs", seconds, mlp_timing.GEMMS, OF_GEMMS)
+    data.all_at_most("chosen way's time beside unfused", OF_UNFUSED, data["chosen"])
     return f"{len(data['kernels'])} tables of tiles, {len(data['mlp'])} MLPs, of {', '.join(backends)}"
 
 
@@ -56,19 +59,18 @@ def _shapes(context: Context, gated: bool) -> list[Shape]:
 
 
 def _judge(data: Entries, what: str, seconds: dict[str, list[float]], floor: str, bound: float) -> None:
-    """The fastest of what is fused, as a target; nothing if none of it ran."""
+    """The fastest of what is fused, as a target, which is missed if none of it ran."""
     medians = {label: statistics.median(times) for label, times in seconds.items()}
     fused = {label: median for label, median in medians.items() if label.split()[0] in linear.BACKENDS}
-    if fused:
-        best = min(fused, key=fused.__getitem__)
-        data.target(f"{what}, {best}", fused[best] / medians[floor], at_most=bound)
+    best = min(fused, key=fused.__getitem__, default="nothing fused ran")
+    data.target(f"{what}, {best}", fused.get(best, math.nan) / medians[floor], at_most=bound)
 
 
 def _tiles(context: Context, data: Entries, o: Operands, shape: Shape, direction: str, backends: list[str]) -> dict:
     """fc1 or fc2's data gradient: the product alone, the activation kernel alone, and every tile of every backend."""
     with torch.no_grad():
         calls = _kernels(o, direction, backends)
-        seconds = timing.in_turns(context, calls, _repeats(context), data["absent"])
+        seconds = timing.in_turns(context, calls, _repeats(context), data)
     floor = statistics.median(seconds["GEMM alone"])
     print(f"{o.activation.name} {direction} {shape.tokens} x {shape.hidden} x {shape.ffn}", flush=True)
     for label, times in seconds.items():
@@ -104,19 +106,24 @@ def _whole(context: Context, data: Entries, o: Operands, shape: Shape, backends:
     with torch.no_grad():
         _, y, pre = linear.forward(linear.UNFUSED, record, o.x_MH, o.w1_WH, o.p, with_pre=True)
     calls = {mlp_timing.GEMMS: lambda: mlp_timing.gemms(o, pre, y), linear.UNFUSED: lambda: mlp_timing.unfused(o)}
-    for backend in backends[1:]:  # with the tiles that a run would choose
-        timed, left_out = mlp_timing.tuned(backend, o, shape)
-        where = f"{record.name} {shape.hidden} x {shape.ffn}"
-        data["absent"] |= {f"{where} {label}": why for label, why in left_out.items()}
-        if way := mlp_timing.fastest(backend, timed):
-            calls[backend] = partial(mlp_timing.fused, way, o)
-            print(f"    {way}", flush=True)
+    where = f"{record.name} {shape.hidden} x {shape.ffn}"
+    with data.trying(f"{where}, the choice"):
+        known = mlp_timing.measure(record, shape, context.device, backends[1:])  # by which a run would choose
+    data["absent"] |= {f"{where} {label}": why for label, why in known.failed.items()}
+    for backend, timed in known.tiles.items():
+        way = mlp_timing.fastest(backend, timed)
+        calls[backend] = partial(mlp_timing.fused, way, o)
+        print(f"    {way}", flush=True)
     if context.on_gpu:
         torch.compiler.reset()  # after eight compilations of one function torch.compile would run it eagerly
         compiled = torch.compile(published_formula(record), dynamic=False)
         calls[mlp_timing.COMPILED] = lambda: mlp_timing.published(compiled, o)
         calls |= _transformer_engine(context, record, shape, data["absent"])
-    seconds = timing.in_turns(context, calls, _repeats(context), data["absent"])
+    seconds = timing.in_turns(context, calls, _repeats(context), data)
+    chosen = min(known.seconds, key=known.seconds.__getitem__)
+    if chosen in seconds:
+        unfused = statistics.median(seconds[linear.UNFUSED])
+        data["chosen"][f"{where}: {chosen}"] = statistics.median(seconds[chosen]) / unfused
     floor = statistics.median(seconds[mlp_timing.GEMMS])
     print(f"MLP {record.name} {shape.tokens} x {shape.hidden} x {shape.ffn}: " + ", ".join(
         f"{label} {statistics.median(times) * 1e3:.3f} ms ({statistics.median(times) / floor:.3f})"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,17 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 
 
+TAIL = 3000  # characters of what a command has printed
+# What c10d and NCCL log, before or after the error that ended a rank: "[rank0]:[W1124 03:00:00.0 file.cpp:1] ..."
+LOGGED = re.compile(r"(\[rank\d+\]:)?\s*\[[IWEF]\d{4} ")
+
+
 class Ended(Exception):
-    """A command did not end as it should; the message says how."""
+    """A command did not end as it should. The message says how, in a line; output: the last that it printed."""
+
+    def __init__(self, how: str, output: str):
+        super().__init__(how)
+        self.output = output
 
 
 def environment() -> dict[str, str]:
@@ -34,18 +45,23 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def xact(*words: object, limit: float = 240.0, accepted: Sequence[int] = (0,)) -> None:
-    """`xact WORDS`. Ended: it took longer than `limit` seconds, or its exit code is not one of those `accepted`."""
+def xact(*words: object, limit: float = 240.0, accepted: Sequence[int] = (0,)) -> str:
+    """`xact WORDS`; what it printed. Ended: it took longer than `limit` seconds, or its exit code is not accepted."""
     command = [sys.executable, "-m", "megatron_xact", *map(str, words)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise Ended(f"xact {words[0]} took longer than {limit:g} s") from None
-    if process.returncode not in accepted:
-        print(errors[-3000:], file=sys.stderr, flush=True)
-        last = errors.strip().splitlines()[-1:] or ["it said nothing"]
-        raise Ended(f"xact {words[0]} ended with {process.returncode}: {last[0]}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:  # no pipe, which children would hold
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            code = None
+        file.seek(0)
+        printed = file.read()
+    if code in accepted:
+        return printed
+    output = printed[-TAIL:]
+    print(output, file=sys.stderr, flush=True)
+    if code is None:
+        raise Ended(f"xact {words[0]} took longer than {limit:g} s", output)
+    lines = [line for line in output.strip().splitlines() if not LOGGED.match(line)]
+    raise Ended(f"xact {words[0]} ended with {code}: {lines[-1] if lines else 'it said nothing'}", output)

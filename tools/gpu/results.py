@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from megatron_xact.whole import write_text
 
-COMPLETE = ("ok", "missed", "skipped")  # of a section that came to its end
+COMPLETE = ("ok", "missed")  # not measured again; what was skipped may run where more is installed
 GOOD = ("ok", "skipped")
 SAME = ("gpu", "commit", "quick")  # what sections of one file have in common
 
 
 def write(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(_in_json(content), indent=1, allow_nan=False) + "\n")
+
+
+def _in_json(value: object) -> object:
+    """JSON has no infinity and no NaN: they are the strings "inf", "-inf" and "nan", which `float` reads."""
+    if isinstance(value, dict):
+        return {key: _in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Results:
@@ -22,6 +32,7 @@ class Results:
     def __init__(self, path: Path | None, machine: dict):
         self.path = path
         self.content = {"machine": machine, "sections": {}}
+        self.versions = machine["versions"]
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +53,8 @@ class Results:
         return self.sections.get(name, {}).get("status") in COMPLETE
 
     def put(self, name: str, section: dict) -> None:
+        if self.versions != self.content["machine"]["versions"]:  # those of the command that made the file
+            section = section | {"versions": self.versions}
         self.sections[name] = section
         if self.path:
             write(self.path, self.content)
@@ -63,4 +76,4 @@ class Results:
 
 def _told(what: str, target: dict) -> str:
     bounds = ", ".join(f"{rule} {target[rule]:.4g}" for rule in ("at most", "at least") if rule in target)
-    return f"{'met' if target['met'] else 'MISSED':8}{what}: {target['value']:.4g} ({bounds})"
+    return f"{'met' if target['met'] else 'MISSED':8}{what}: {float(target['value']):.4g} ({bounds})"

@@ -1,6 +1,6 @@
 """What the suite consists of: the sections by name, in three groups, and what is expected of each.
 
-Minutes are estimates for an H200, 16 cores and an empty Triton cache, from the number of kernels to compile (1 to 4
+Minutes are estimates for an H200, 16 cores and an empty Triton cache, from the number of kernels to compile (0.2 to 0.8
 seconds each) and of calls to time; no GPU has confirmed them yet.
 """
 
@@ -30,27 +30,27 @@ class Section:
 
 CORRECTNESS, SPEED, TRAINING = GROUPS = ("correctness", "speed", "training")
 SECTIONS = {
-    "accuracy": Section(CORRECTNESS, correctness.accuracy, 1.0, parts=4),
+    "accuracy": Section(CORRECTNESS, correctness.accuracy, 0.8, parts=4),
     "sums": Section(CORRECTNESS, correctness.sums, 0.5, gib=12),
-    "huge": Section(CORRECTNESS, correctness.huge, 0.5, gib=28),
+    "huge": Section(CORRECTNESS, correctness.huge, 1.0, gib=28),
     "determinism": Section(CORRECTNESS, correctness.determinism, 0.5, gib=8),
     "memory": Section(CORRECTNESS, correctness.memory, 0.3),
-    "fp8": Section(CORRECTNESS, correctness.quantized, 1.7, parts=8, gib=6),
+    "fp8": Section(CORRECTNESS, correctness.quantized, 0.8, parts=8, gib=6),
     "fp8-mlp": Section(CORRECTNESS, fp8_mlp.correctness, 1.0),
-    "mlp": Section(CORRECTNESS, mlp.correctness, 2.2, parts=5),
+    "mlp": Section(CORRECTNESS, mlp.correctness, 0.8, parts=5),
     "mlp-memory": Section(CORRECTNESS, mlp.memory, 0.5, gib=8),
     "te": Section(CORRECTNESS, te.correctness, 1.0),
     "bandwidth": Section(SPEED, speed.bandwidth, 1.5, timed=True),
     "tiles": Section(SPEED, tiles.tiles, 1.5, timed=True),
-    "peers": Section(SPEED, speed.peers, 1.0, timed=True),
+    "peers": Section(SPEED, speed.peers, 2.0, timed=True),
     "fp8-speed": Section(SPEED, speed.quantized, 1.0, timed=True),
     "fp8-mlp-speed": Section(SPEED, fp8_mlp.speed, 1.0, timed=True),
     "mlp-speed": Section(SPEED, mlp_speed.speed, 1.5, parts=4, timed=True),
     "te-speed": Section(SPEED, te.speed, 1.5, timed=True),
     "quickstart": Section(TRAINING, training.quickstart, 1.0),
     "fp8-gate": Section(TRAINING, training.fp8_gate, 2.0, gib=8),
-    "plan": Section(TRAINING, memory.plan, 1.0, parts=len(memory.CASES), gib=60),
-    "step": Section(TRAINING, step.step, 4.5, timed=True),
+    "plan": Section(TRAINING, memory.plan, 1.0, parts=len(memory.CASES), gib=38),
+    "step": Section(TRAINING, step.step, 5.3, timed=True),
 }
 
 

@@ -293,11 +293,11 @@ def speed(context: Context, data: Entries) -> str:
     """Forward and backward of the MLP, ours and TE's activations with as many parameters, in bf16 and each recipe."""
     _needs_te(context)
     sizes = (512, 256, 768) if context.quick else (TOKENS, HIDDEN, FFN)
-    data["absent"] = absent = {}
+    data["absent"] = {}
     data["seconds"] = seconds = {}
     for recipe_name, recipe in ({"bf16": None} | _recipes()).items():
         calls = {f"{recipe_name} {label}": step for label, step in _contenders(context, data, *sizes, recipe)}
-        for name, times in timing.in_turns(context, calls, REPEATS, absent).items():
+        for name, times in timing.in_turns(context, calls, REPEATS, data).items():
             seconds[name] = times
             print(f"{name:44}{statistics.median(times) * 1e3:9.3f} ms", flush=True)
         data.save()

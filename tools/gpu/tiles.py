@@ -29,7 +29,7 @@ def tiles(context: Context, data: Entries) -> str:
             key = direction, activations.get(name).gated
             shipped = data["shipped"][f"{name} {direction}"] = _label(triton_pointwise.TILES[key])
             calls = _calls(context, name, direction, key, tokens, columns)
-            found = timing.in_turns(context, calls, REPEATS, data["absent"])
+            found = timing.in_turns(context, calls, REPEATS, data)
             data["seconds"][f"{name} {direction}"] = found
             medians = {label: statistics.median(times) for label, times in found.items()}
             best = min(medians, key=medians.__getitem__)

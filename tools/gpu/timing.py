@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,20 +12,22 @@ from torch import Tensor
 
 from megatron_xact.activations import Activation
 from megatron_xact.kernels import benchmark
-from tools.gpu.context import Context
+from tools.gpu.context import Context, Entries
 
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")  # MHz, MHz, W, degrees Celsius
 
 
 def in_turns(
-    context: Context, calls: dict[str, Callable[[], object]], repeats: int, absent: dict[str, str]
+    context: Context, calls: dict[str, Callable[[], object]], repeats: int, data: Entries
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition by label, the calls taking turns; one that cannot run is left out, into `absent`."""
+    """Seconds of every repetition by label, the calls taking turns; of one that cannot run data["absent"] says why."""
     working = {}
+    absent = data.setdefault("absent", {})
     for label, call in calls.items():
         try:
-            call()
-            context.synchronize()
+            with data.trying(label):
+                call()
+                context.synchronize()
             working[label] = call
         except Exception as problem:  # a compiler's, mostly: it must not take the others' numbers with it
             absent[label] = reason(problem)
@@ -74,13 +77,22 @@ def clocks_under_load(context: Context) -> dict[str, str] | None:
     if not context.on_gpu:
         return None
     a = context.randn(8192, 8192, dtype=torch.bfloat16)
-    for _ in range(1000):  # 1.4 ms each: longer than nvidia-smi takes
-        a @ a
+
+    def load() -> None:
+        for _ in range(200):  # 1.4 ms each
+            a @ a
+        context.synchronize()
+
+    load()
     query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
+            started = time.monotonic()
+            while process.poll() is None:
+                load()
+                if time.monotonic() - started > 30:
+                    process.kill()
+            said = process.stdout.read().splitlines()
+    except OSError:
         return None
-    finally:
-        context.synchronize()
-    return dict(zip(CLOCKS, said.split(", "), strict=False))
+    return dict(zip(CLOCKS, said[0].split(", "), strict=False)) if process.returncode == 0 and said else None

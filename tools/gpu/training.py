@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
 from megatron_xact.installed import present
 from tools.gpu.context import Context, Entries, Skip
-from tools.gpu.processes import xact
+from tools.gpu.processes import TAIL, Ended, xact
 
 # What FP8 is asked for, by name
 MLP = {"xact.mlp": "fp8", "fp8.gradients": "e4m3", "model.transformer-impl": "local"}
@@ -40,18 +41,25 @@ def fp8_gate(context: Context, data: Entries) -> str:
     """`xact study fp8-gate`: the MLPs' products in FP8 by cuBLASLt; and TransformerEngine's FP8 where it imports."""
     _needs_training(context)
     context.needs_fp8()
+    verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         xact("data", "prepare", "--source", "stdlib", "--out", Path(folder, "data"))
         ways = {"mlp": MLP} | ({"te": TE} if present("transformer_engine") else {})
         for name, sets in ways.items():
             words = [word for key, value in (gate_sets(context, folder) | sets).items()
                      for word in ("--set", f"{key}={value}")]  # fmt: skip
-            # exit code 1: FP8 does not pass, which is a result
-            xact("study", "fp8-gate", "configs/quickstart.toml", "--out", Path(folder, name), "--retries", 0, *words,
-                 accepted=(0, 1), limit=360.0)  # fmt: skip
-            data[name] = json.loads(Path(folder, name, "gate.json").read_text(encoding="utf-8"))
-            data.save()
-    return "; ".join(f"{name}: {found['verdict']}" for name, found in data.items())
+            out = Path(folder, name)
+            try:  # exit code 1: FP8 does not pass, which is a result
+                xact("study", "fp8-gate", "configs/quickstart.toml", "--out", out, "--retries", 0, *words,
+                     accepted=(0, 1), limit=200.0)  # fmt: skip
+            except Ended:
+                data["logs"] = {log.stem: log.read_text(errors="replace")[-TAIL:] for log in out.glob("logs/*.log")}
+                raise
+            found = data[name] = json.loads((out / "gate.json").read_text(encoding="utf-8"))
+            verdicts.append(f"{name}: {found['verdict']}")
+            gap = found["gap"]["value"] if found["gap"] else math.nan  # it diverged
+            data.target(f"{name}: FP8 - BF16, nat", gap, at_most=found["threshold"])
+    return "; ".join(verdicts)
 
 
 def gate_sets(context: Context, folder: str) -> dict[str, object]:
