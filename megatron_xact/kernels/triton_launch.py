@@ -30,10 +30,21 @@ def load_parameters(p0, p1, p2, LEARNED: tl.constexpr):
 HAS_MAP_ELEMENTWISE = tl.constexpr(hasattr(tl, "map_elementwise"))  # Triton 3.4, of torch 2.8, has not
 
 
+class _Exactly:
+    """Triton's code generator for tl.map_elementwise, which can hand no compile-time argument on: it adds EXACT."""
+
+    def __init__(self, generator, exact: tl.constexpr):
+        self.generator, self.exact = generator, exact
+
+    def call_JitFunction(self, function, args, kwargs):
+        return self.generator.call_JitFunction(function, args, kwargs | {"EXACT": self.exact})
+
+
 @tl.core.builtin
-def _by_element(function, *args, _semantic=None, _generator=None):
+def _by_element(function, exact, *args, _semantic=None, _generator=None):
     """tl.map_elementwise of a function that is a compile-time argument, which Triton does not unwrap."""
-    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=_generator)
+    generator = _Exactly(_generator, exact)
+    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=generator)
 
 
 @triton.jit
@@ -42,7 +53,7 @@ def evaluated(x, p0, p1, p2, FUNCTION: tl.constexpr, EXACT: tl.constexpr, INTERP
     if INTERPRETED or not HAS_MAP_ELEMENTWISE:
         return FUNCTION(x, p0, p1, p2, EXACT)
     else:
-        return _by_element(FUNCTION, x, p0, p1, p2)
+        return _by_element(FUNCTION, EXACT, x, p0, p1, p2)
 
 
 @triton.jit

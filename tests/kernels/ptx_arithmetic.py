@@ -14,6 +14,8 @@ SMALLEST_NORMAL = np.float32(2.0**-126)
 # By how many ulps of its correctly rounded result a special function may be off: PTX ISA, sections on ex2.approx,
 # div.full and rsqrt.approx (whose limit is 2^-22.9 of the result).
 ULPS = {"ex2": 2.0, "div": 2.0, "rsqrt": 2.14}
+# Modifiers that are minded below, or change nothing that is emulated.
+KNOWN = {"lo", "rn", "approx", "ftz", "full", "NaN", "global", "param"}
 PAIRS = {
     "bf16x2": torch.bfloat16, "f16x2": torch.float16, "e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2,
 }  # fmt: skip
@@ -70,6 +72,10 @@ def result_of(name: str, modifiers: list[str], kind: str, v: list[np.ndarray], s
             wide = "i8" if kind[0] == "s" else "u8"
             product = v[0].astype(wide) * v[1].astype(wide)
             return bits_of(product if name == "mul" else product + v[2].view(wide), "b64")
+        if "hi" in modifiers:
+            assert name == "mul" and kind == "u32", (name, kind)
+            return (v[0].astype(np.uint64) * v[1].astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+        assert set(modifiers) <= KNOWN, f"{name} {modifiers}: not emulated"
         if name in ("shl", "shr"):
             return bits_of(np.left_shift(*_same(v)) if name == "shl" else np.right_shift(*_same(v)), kind)
         if name == "bfe":
