@@ -57,8 +57,11 @@ def _fake_product(a_MK, a_scale_inv, b_NK, b_scale_inv, dtype):
 
 
 def scaling_for(amax: Tensor, dtype: torch.dtype) -> PerTensor:
-    """The factor for a tensor whose largest magnitude is amax (1,)."""
-    return PerTensor(fp8.factor(amax, dtype, power_of_two=True))
+    """The factor for a tensor whose largest magnitude is amax (1,); of an infinite one NaN.
+
+    Rounding to FP8 saturates: it would make finite, wrong gradients of an overflow, and no step would be skipped.
+    """
+    return PerTensor(torch.where(amax.isinf(), torch.nan, fp8.factor(amax, dtype, power_of_two=True)))
 
 
 def scaling_of(value: Tensor, dtype: torch.dtype) -> PerTensor:

@@ -94,15 +94,17 @@ def quantize(value: Tensor, scaling: Scaling, dtype: torch.dtype, rows: bool = T
 def factor(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
     """The scale that maps amax to the largest number of the dtype; 1 where amax is 0, infinite or NaN. fp32."""
     top = torch.finfo(torch.float32).max
-    scale = (torch.finfo(dtype).max / amax.float()).clamp(max=top)
+    amax = amax.float()
+    # of a number and a tensor, torch multiplies by the reciprocal, and rounds twice
+    scale = (torch.full_like(amax, torch.finfo(dtype).max) / amax).clamp(max=top)
     if power_of_two:
         scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)  # without its mantissa
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
 
 
 def largest(value: Tensor) -> Tensor:
-    """|value| as (1,) fp32; 0 of nothing."""
-    return value.abs().amax().float().reshape(1) if value.numel() else value.new_zeros(1, dtype=torch.float32)
+    """|value| as (1,) fp32; 0 of nothing. NaN, which stays one in FP8 by any factor, does not count, here and below."""
+    return _magnitudes(value).amax().float().reshape(1) if value.numel() else value.new_zeros(1, dtype=torch.float32)
 
 
 def largest_of_columns(value: Tensor) -> Tensor:
@@ -110,7 +112,11 @@ def largest_of_columns(value: Tensor) -> Tensor:
     columns = value.shape[-1]
     if not value.numel():
         return value.new_zeros(columns, dtype=torch.float32)
-    return value.reshape(-1, columns).abs().amax(0).float()
+    return _magnitudes(value).reshape(-1, columns).amax(0).float()
+
+
+def _magnitudes(value: Tensor) -> Tensor:
+    return value.abs().nan_to_num(nan=0.0, posinf=torch.inf)
 
 
 def scales_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -121,7 +127,7 @@ def scales_shape(rows: int, columns: int) -> tuple[int, int]:
 def _in_blocks(value_RC: Tensor, scaling: Blockwise, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, columns = value_RC.shape
     padded = torch.nn.functional.pad(value_RC, (0, -columns % BLOCK)).reshape(rows, -(-columns // BLOCK), BLOCK)
-    scale_RB = factor(padded.abs().amax(-1), dtype, scaling.power_of_two)
+    scale_RB = factor(_magnitudes(padded).amax(-1), dtype, scaling.power_of_two)
     q_RC = _saturated(padded * scale_RB.unsqueeze(-1), dtype).flatten(1)[:, :columns].contiguous()
     scale_inv = value_RC.new_zeros(scales_shape(rows, columns))
     scale_inv[:, :rows] = (1.0 / scale_RB).t()

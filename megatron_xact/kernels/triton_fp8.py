@@ -31,10 +31,11 @@ from megatron_xact.kernels.triton_launch import (
     sum_along,
 )
 
-# Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU.
+# Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU. One kernel spills: 40 bytes,
+# backward of xatlu, blockwise, with a bias.
 NUM_WARPS = 8
-# Forward, by whether scaling is blockwise: with 128 two programs fit a multiprocessor; left alone, ptxas rather spills
-# than pass that.
+# Forward, by whether two programs are to fit a multiprocessor, which blockwise scaling leaves room for if no bias is
+# added; left alone, ptxas rather spills than pass 128.
 MAX_REGISTERS_OF_FORWARD = {True: 128, False: 160}
 
 
@@ -62,7 +63,7 @@ def _load(pointer, offset, mask, INTERPRETED: tl.constexpr):
     evaluate the activation once more for the transposed matrix; of this it does not know that it widens.
     """
     value = tl.load(pointer + offset, mask=mask, other=0.0)
-    if INTERPRETED or value.dtype == tl.float32:
+    if INTERPRETED or not (value.dtype == tl.bfloat16 or value.dtype == tl.float16):
         return value.to(tl.float32)
     elif value.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -87,11 +88,14 @@ def _factors(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     if POWER_OF_TWO:
         # By exponents alone, without a division. Both formats' largest number is 1.75 times a power of two.
         tl.static_assert(LARGEST == 448.0 or LARGEST == 57344.0)
-        TOP: tl.constexpr = 262 if LARGEST == 448.0 else 269  # twice the exponents' bias, and that power's
+        LOWEST: tl.constexpr = (
+            8 if LARGEST == 448.0 else 15
+        )  # that power's exponent: of amax, where the factor is 2^127
         bits = amax.to(tl.int32, bitcast=True)
         usable = (bits - 1).to(tl.uint32, bitcast=True) < 0x7F7FFFFF  # not 0, inf or nan
-        of_amax = (bits + 0x1FFFFF) & 0x7F800000  # its exponent, one more where the mantissa is above 1.75
-        factor = ((TOP << 23) - (1 << 32)) - tl.maximum(of_amax, (TOP - 254) << 23)  # 2^127 at most; int32 wraps
+        # the exponent of amax beyond that one, one more where its mantissa is above 1.75
+        beyond = (bits + (0x1FFFFF - (LOWEST << 23))) & -0x800000
+        factor = (254 << 23) - tl.maximum(beyond, 0)
         factor = tl.where(usable, factor, 127 << 23)
         inverse = tl.maximum((254 << 23) - factor, 0x400000)  # 2^-127 has no exponent of its own
         return factor.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
@@ -314,8 +318,8 @@ def _launch_forward(
 ) -> Tensor | None:
     """Fills y and column_amax; the programs' largest |y| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
-    grid, amax, scale, options = _launch(activation, x, p, 1, scaling, dtype)
-    options["maxnreg"] = MAX_REGISTERS_OF_FORWARD[options["BLOCKWISE"]]
+    grid, amax, scale, options = _launch(activation, x, p, 1, scaling, dtype, y)
+    options["maxnreg"] = MAX_REGISTERS_OF_FORWARD[options["BLOCKWISE"] and bias is None]
     if x.numel():
         with device_of(x):
             forward_kernel[grid](
@@ -328,7 +332,7 @@ def _launch_forward(
 def _launch_backward(activation, x, p, dy, bias, dx: Quantized, scaling, dtype, dbias, dp) -> Tensor | None:
     """Fills dx, dbias and dp; the programs' largest |dx| where the scaling is not blockwise."""
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
-    grid, amax, scale, options = _launch(activation, x, p, 1 + activation.gated, scaling, dtype)
+    grid, amax, scale, options = _launch(activation, x, p, 1 + activation.gated, scaling, dtype, dx)
     if x.numel():
         with device_of(x):
             backward_kernel[grid](
@@ -338,7 +342,7 @@ def _launch_backward(activation, x, p, dy, bias, dx: Quantized, scaling, dtype, 
     return amax
 
 
-def _launch(activation, x, p, halves: int, scaling: Scaling | None, dtype):
+def _launch(activation, x, p, halves: int, scaling: Scaling | None, dtype, result: Quantized):
     """(grid, amax partials or None, scale or None, compile-time arguments); halves: programs to a tile."""
     blockwise = scaling is not None and not isinstance(scaling, PerTensor)
     rows, columns = x.shape[0], x.shape[1] // (1 + activation.gated)
@@ -347,7 +351,7 @@ def _launch(activation, x, p, halves: int, scaling: Scaling | None, dtype):
         "BLOCKWISE": blockwise,
         "POWER_OF_TWO": blockwise and scaling.power_of_two,
         "LARGEST": torch.finfo(dtype).max,
-        "WORDS": rows % 4 == 0 and not triton.knobs.runtime.interpret,
+        "WORDS": result.columns_CR is not None and rows % 4 == 0 and not triton.knobs.runtime.interpret,
         "COLUMN_BLOCKS": triton.cdiv(columns, BLOCK),
         "TILE": BLOCK,
         "INTERPRETED": triton.knobs.runtime.interpret,

@@ -200,6 +200,30 @@ def test_factors_at_the_edges():
     assert exact[8] == 448.0 and exact[5] == torch.finfo(torch.float32).max
 
 
+def test_factors_are_rounded_once():
+    amax = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 100
+    for dtype, top in LARGEST.items():
+        assert torch.equal(fp8.factor(amax, dtype), (top / amax.double()).float())
+
+
+def test_nan_does_not_count_among_magnitudes_and_stays_nan():
+    x = torch.tensor([[1.0, float("nan"), -3.0], [2.0, float("nan"), 0.5]])
+    assert fp8_reference.largest(x).item() == 3.0
+    assert fp8_reference.largest_of_columns(x).tolist() == [2.0, 0.0, 3.0]
+    q = fp8_reference.quantize(x, fp8.Blockwise(), torch.float8_e4m3fn)
+    assert q.row_scale_inv[0, :2].tolist() == [2.0**-7, 2.0**-7]
+    values = q.rows_RC.float() * q.row_scale_inv[0, :2, None]
+    assert values[:, [0, 2]].tolist() == [[1.0, -3.0], [2.0, 0.5]] and values[:, 1].isnan().all()
+
+
+def test_an_infinity_makes_nan_of_what_it_scales():
+    """As it does in 16 bits. Saturated, it would be a finite number like any other."""
+    x = torch.tensor([[1.0, float("inf")], [-2.0, 0.5]])
+    for values in (x, -x):
+        q = fp8_product.quantized(values, torch.float8_e5m2, rows=True)
+        assert (q.rows_RC.float() * q.row_scale_inv).isnan().all()
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -316,7 +340,7 @@ def test_factors_of_the_kernels_at_the_edges():
     from megatron_xact.kernels import triton_fp8 as kernels
 
     record = activations.get("relu")
-    edges = [0.0, 448.0, 449.0, 57344.0, 57345.0, 1e-42, 2.0**-120, 3.4e38, 1.0, float("inf")]
+    edges = [0.0, 448.0, 449.0, 57344.0, 57345.0, 1e-42, 2.0**-120, 3.4e38, 1.0, 1e-45, 2.0**127, float("inf")]
     x = torch.zeros(len(edges), 128)
     x[:, 5] = torch.tensor(edges)
     for dtype in LARGEST:
@@ -359,6 +383,16 @@ def test_machine_code(name, direction, blockwise, kind):
     assert wide[1] == 2 * binary.elements // 16, "stores are not of 16 bytes"
 
 
+@pytest.mark.parametrize("blockwise", [True, False], ids=["blockwise", "per-tensor"])
+@pytest.mark.parametrize("direction, kind", [("forward", "e4m3"), ("backward", "e5m2")])
+@pytest.mark.parametrize("name", ["xelu_glu2", "xatlu_glu2", "xielu"])
+def test_machine_code_with_a_bias(name, direction, kind, blockwise):
+    more = {"bias_ptr": "*bf16"} | ({"dbias_ptr": "*fp32"} if direction == "backward" else {})
+    binary = compile_fp8(name, direction, blockwise, kind, more=more)
+    assert binary.stack_bytes == binary.count("LDL") == binary.count("STL") == 0, "spills"
+    assert binary.shared_bytes <= 16384
+
+
 @pytest.mark.parametrize("given", [("multiplier_ptr",), ("column_amax_ptr",), ()], ids=" ".join)
 @pytest.mark.parametrize("name", ["xielu", "swiglu", "identity"])
 def test_machine_code_of_casts_and_smoothing(name, given):
@@ -396,9 +430,11 @@ def compile_fp8(name, direction, blockwise, kind, divisible=True, more=None, qua
     p = {q.symbol: torch.ones(1) if q.trainable else q.init for q in record.parameters}
     scaling = fp8.Blockwise() if blockwise else fp8.PerTensor(torch.ones(1))
     dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
-    constants = kernels._launch(record, torch.empty(16384, 12288, device="meta"), p, 1, scaling, dtype)[3]
+    x = torch.empty(16384, 12288, device="meta")
+    result = fp8_reference.empty(16384, 12288, x, scaling, dtype, quantizes, quantizes)
+    constants = kernels._launch(record, x, p, 1, scaling, dtype, result)[3]
     if direction == "forward":
-        constants["maxnreg"] = kernels.MAX_REGISTERS_OF_FORWARD[blockwise]
+        constants["maxnreg"] = kernels.MAX_REGISTERS_OF_FORWARD[blockwise and "bias_ptr" not in (more or {})]
     constants |= options
     values = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}[kind]
     scales = "*fp32" if blockwise else None

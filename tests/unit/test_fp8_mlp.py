@@ -69,6 +69,16 @@ def test_no_tokens_have_no_gradients(layer):
     assert out.shape == dx.shape == (0, 2, 32) and not any(gradient.any() for gradient in gradients)
 
 
+def test_an_overflow_is_seen_in_every_gradient_before_it(layer):
+    """FP8 saturates: a loss scale would never be lowered, and the step not be skipped."""
+    x = random(12, 2, 32).bfloat16().requires_grad_()
+    out, _ = layer(x)
+    dout = random(*out.shape, seed=1).bfloat16()
+    dout[3, 1, 7] = -torch.inf
+    gradients = torch.autograd.grad(out, [x, layer.linear_fc1.weight, layer.linear_fc2.weight], dout)
+    assert not any(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_checkpointing_changes_no_bit(layer):
     recomputed = results(layer, lambda x: checkpoint(layer, x, use_reentrant=False))
     assert_same_bits(recomputed, results(layer, layer))
