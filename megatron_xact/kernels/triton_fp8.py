@@ -31,8 +31,8 @@ from megatron_xact.kernels.triton_launch import (
     sum_along,
 )
 
-# Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU. One kernel spills: 40 bytes,
-# backward of xatlu, blockwise, with a bias.
+# Chosen from machine code for sm_90 (no spills, then fewest instructions), not yet on a GPU. One kernel spills, by 40
+# bytes: backward of xatlu, blockwise, with a bias.
 NUM_WARPS = 8
 # Forward, by whether two programs are to fit a multiprocessor, which blockwise scaling leaves room for if no bias is
 # added; left alone, ptxas rather spills than pass 128.
