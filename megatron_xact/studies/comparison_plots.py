@@ -67,11 +67,11 @@ def _beyond(e: Estimate, low: float, high: float) -> tuple[bool, bool]:
 
 def _reach(shown: Sequence[Estimate]) -> tuple[float, float]:
     """Of an axis of multipliers: usual intervals are inside; one far wider does not shrink the rest."""
-    value = np.log([e.value for e in shown])
     with np.errstate(divide="ignore"):
-        low, high = np.log([e.low for e in shown]), np.log([e.high for e in shown])
+        value, low, high = (np.log([getattr(e, end) for e in shown]) for end in ("value", "low", "high"))
     width = high - low
-    usual = np.nanmedian(width) if not np.isnan(width).all() else 0.0
+    bounded = np.isfinite(width)
+    usual = np.median(width[bounded]) if bounded.any() else 0.0
     fits = ~(width > 4 * usual) & np.isfinite(value)
     least, most = np.nanmin(np.fmin(value, low)[fits], initial=0.0), np.nanmax(np.fmax(value, high)[fits], initial=0.0)
     margin = 0.05 * (most - least) + 1e-3

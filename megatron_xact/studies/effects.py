@@ -26,6 +26,7 @@ class Estimate:
     low: float
     high: float
 
+    @np.errstate(over="ignore")  # noise has intervals up to infinity
     def exp(self) -> Estimate:
         return Estimate(*(float(np.exp(v)) for v in (self.value, self.low, self.high)))
 
@@ -73,7 +74,8 @@ class Effects:
         left = np.maximum(1 - share, 1e-12)
         error = np.sqrt((share**2 * (self.x - mean[:, None]) ** 2 / left).sum(1))
         spread = (share**2 * (1 - 2 * share) / left**2).sum(1) + (share**2 / left).sum(1) ** 2
-        return mean, error, 1 / spread
+        # From 1 to G - 1, which rounding leaves where one cluster has all of the weight.
+        return mean, error, 1 / np.clip(spread, 1 / (share.shape[1] - 1), 1)
 
     def slope(self, z: Array) -> tuple[Array, Array]:
         """Weighted regression on z [G]: slope and its standard error, [B]."""
@@ -117,7 +119,12 @@ def _slopes(laws: Law, pairs: Pairs, ids: Ids, z: Array) -> Effects:
 def mixture(gamma: Array, mean: Array, error: Array, freedom: Array | int) -> Callable[[float], float]:
     """Distribution function of ln m: under each law t around its mean, laws equally likely."""
     error = np.maximum(error, 1e-12)
-    return lambda log_m: float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
+
+    @np.errstate(over="ignore")
+    def below(log_m: float) -> float:
+        return float(special.stdtr(freedom, (np.sinh(gamma * log_m / 2) - mean) / error).mean())
+
+    return below
 
 
 def p_of_none(mean: Array, error: Array, freedom: Array | int) -> float:

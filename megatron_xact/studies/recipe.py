@@ -120,9 +120,9 @@ def _recipe(table: dict, where: str) -> Recipe:
     return Recipe(**values)
 
 
-def _list(kind: type, least: float, what: str) -> Callable:
+def _list(kind: type, below: float, what: str) -> Callable:
     def reader(value: object, where: str) -> tuple:
-        if not isinstance(value, list) or not value or not all(_is(v, kind) and v > least for v in value):
+        if not isinstance(value, list) or not value or not all(_is(v, kind) and 0 < v < below for v in value):
             raise ValueError(f"{where} = {value!r} must be a list of {what}")
         if len(set(value)) < len(value):
             raise ValueError(f"{where} = {value!r} has an entry twice")
@@ -131,9 +131,9 @@ def _list(kind: type, least: float, what: str) -> Callable:
     return reader
 
 
-def _number(kind: type, least: float, below: float, what: str) -> Callable:
+def _number(kind: type, below: float, what: str) -> Callable:
     def reader(value: object, where: str) -> float:
-        if not (_is(value, kind) and least < value < below):
+        if not (_is(value, kind) and 0 < value < below):
             raise ValueError(f"{where} = {value!r} must be {what}")
         return value
 
@@ -141,7 +141,7 @@ def _number(kind: type, least: float, below: float, what: str) -> Callable:
 
 
 def _or_law(value: object, where: str) -> str | float:
-    if value == LAW or (_is(value, float) and value > 0):
+    if value == LAW or (_is(value, float) and 0 < value < 1e15):
         return value
     raise ValueError(f'{where} = {value!r} must be "{LAW}" or a positive number')
 
@@ -167,7 +167,7 @@ def _sizes(value: object, where: str) -> dict[str, Size]:
         if not isinstance(shape, dict) or set(shape) != set(keys):
             raise ValueError(f"{where}.{name} must have {', '.join(keys)} and nothing else")
         for key, number in shape.items():
-            _number(int, 0, 1e9, "a positive whole number")(number, f"{where}.{name}.{key}")
+            _number(int, 1e9, "a positive whole number")(number, f"{where}.{name}.{key}")
         if shape["hidden"] % shape["heads"]:
             raise ValueError(f"{where}.{name}: hidden = {shape['hidden']} must be a multiple of heads")
         sizes[name] = Size(**shape)
@@ -175,7 +175,7 @@ def _sizes(value: object, where: str) -> dict[str, Size]:
 
 
 def _rates(value: object, where: str) -> dict[str, float]:
-    if not isinstance(value, dict) or not all(_is(v, float) and v > 0 for v in value.values()):
+    if not isinstance(value, dict) or not all(_is(v, float) and 0 < v < 1e9 for v in value.values()):
         raise ValueError(f"{where} = {value!r} must be a table of positive factors by activation")
     return value
 
@@ -184,15 +184,15 @@ READERS: dict[str, Callable] = {
     "rates": _rates,
     "activations": _activations,
     "sizes": _sizes,
-    "tokens": _list(float, 0, "positive numbers of tokens"),
-    "tokens_per_parameter": _list(float, 0, "positive numbers"),
-    "seeds": _list(int, 0, "positive whole numbers"),
+    "tokens": _list(float, 1e15, "positive numbers of tokens"),
+    "tokens_per_parameter": _list(float, 1e9, "positive numbers"),
+    "seeds": _list(int, 2**32, "positive whole numbers of 32 bits"),
     "learning_rate": _or_law,
-    "sweep": _list(float, 0, "positive factors"),
+    "sweep": _list(float, 1e9, "positive factors"),
     "batch": _or_law,
-    "batch_multiple": _number(int, 0, 1e9, "a positive number of sequences"),
-    "warmup": _number(float, 0, 1e9, "a positive number of tokens per parameter"),
-    "cooldown": _number(float, 0, 1, "a share between 0 and 1"),
-    "validation_tokens": _number(float, 0, 1e15, "a positive number"),
-    "ffn_multiple": _number(int, 0, 1e6, "a positive whole number"),
+    "batch_multiple": _number(int, 1e9, "a positive number of sequences"),
+    "warmup": _number(float, 1e9, "a positive number of tokens per parameter"),
+    "cooldown": _number(float, 1, "a share between 0 and 1"),
+    "validation_tokens": _number(float, 1e15, "a positive number"),
+    "ffn_multiple": _number(int, 1e6, "a positive whole number"),
 }

@@ -242,7 +242,7 @@ def trend(c: Comparison, name: str) -> str:
     change = f"times {interval(doubled)} per doubling"
     if name in c.changes_with:
         return f"the multiplier depends on it (p = {t.p:.2g}): {change}"
-    if max(doubled.high, 1 / doubled.low) > 2:
+    if max(t.slope.high, -t.slope.low) > 1:
         return f"no dependence detected (p = {t.p:.2g}), but these runs would hide a factor of 2 per doubling"
     return f"no dependence detected (p = {t.p:.2g}): {change}"
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from planted import CHINCHILLA, Design, ladder, study
 
 from megatron_xact import cli
 from megatron_xact.studies import compare as comparing
-from megatron_xact.studies import comparison_plots, figures, law_plots, report
+from megatron_xact.studies import comparison_plots, figures, law_plots, report, words
 from megatron_xact.studies.effects import Estimate
 from megatron_xact.studies.fit import fit
 from megatron_xact.studies.reading import read
@@ -174,6 +175,29 @@ def test_one_huge_interval_hides_none_of_the_others(drawn, tmp_path):
     assert ax.get_title() == "95% intervals; an arrow: beyond this axis; no line: one cluster each, interval unknown"
     FigureCanvasAgg(ax.figure).draw()
     assert sum(low <= t <= high for t in ax.get_xticks()) >= 3
+    endless = replace(found, by_size={f"{n}B": Estimate(1.2, 0, math.inf) for n in range(3)})
+    comparison_plots.multipliers([endless], tmp_path / "multipliers.png")
+    low, high = drawn[-1].get_xlim()
+    assert 0.9 < low < found.multiplier.low < found.multiplier.high < high < 1.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_noise_alone_is_told_and_drawn(drawn, tmp_path):
+    """Its intervals end nowhere, of the multiplier, of a size or of a slope."""
+    ends = set()
+    design = Design((3e7, 1e8, 3e8), (5, 10, 20), 1)
+    for seed in range(6):
+        noise = study(CHINCHILLA, design, 1.0, 0.5, np.random.default_rng(seed))
+        try:
+            found = comparing.compare(noise, "a", "b", draws=50)
+        except ValueError:  # no law falls where these losses do not
+            continue
+        told = words.of_comparison(found, 1.0)
+        comparison_plots.multipliers([found], tmp_path / "multipliers.png")
+        low, high = drawn[-1].get_xlim()
+        assert 0 < low <= 1 <= high < math.inf and not any("nan" in value for _, value in told)
+        ends |= {end for e in (found.multiplier, *found.by_size.values()) for end in (e.low, e.high)}
+    assert {0.0, math.inf} <= ends
 
 
 def test_colours_have_a_legend_and_exact_parabolas_say_so(drawn, tmp_path):
