@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_xact import activations
 from megatron_xact.activations import Activation
 from megatron_xact.pretraining.resume import identity
@@ -22,6 +25,11 @@ from megatron_xact.pretraining.resume import identity
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 HF_XIELU_EPS = -1e-6
 """transformers' xIELU computes expm1(min(x, eps)) with this eps, ours min(x, 0): they differ by at most 1e-6 a_n."""
+
+
+def is_hf_xielu_eps(stored: Tensor) -> bool:
+    """Is it that eps, or what a model that was once in 16 bits has of it?"""
+    return any(torch.equal(stored.to(d), torch.tensor(HF_XIELU_EPS).to(d)) for d in (torch.bfloat16, torch.float16))
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,7 @@ _HF_MEANS = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "num_local_experts": None,
+    "quantization_config": None,
 }
 
 
@@ -371,20 +380,21 @@ def from_hf(config: Mapping) -> Architecture:
     if f.model_type in ("starcoder2", "llama") and config.get("sliding_window") is not None:
         raise ValueError(f"unknown architecture: sliding_window = {config['sliding_window']} is not supported")
     theta, factor = _rope(config)
+    heads = _size(config, "num_attention_heads")
     a = Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        num_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        padded_vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
+        num_layers=_size(config, "num_hidden_layers"),
+        hidden_size=_size(config, "hidden_size"),
+        ffn_hidden_size=_size(config, "intermediate_size"),
+        num_heads=heads,
+        num_groups=_size(config, "num_key_value_heads", heads),
+        head_dim=_size(config, "head_dim", _size(config, "hidden_size") // heads),
+        vocab_size=_size(config, "vocab_size"),
+        padded_vocab_size=_size(config, "vocab_size"),
+        max_positions=_size(config, "max_position_embeddings"),
         rope_theta=theta,
         rope_factor=factor,
         norm=f.norm or config["normalization"],
-        norm_eps=config["norm_epsilon" if f.model_type == "starcoder2" else "rms_norm_eps"],
+        norm_eps=_number(config, "norm_epsilon" if f.model_type == "starcoder2" else "rms_norm_eps"),
         qk_norm=config["qk_norm"] if f.qk_norm is None else f.qk_norm,
         bias=_hf_bias(f, config),
         tied=config.get("tie_word_embeddings", f.model_type == "starcoder2"),
@@ -401,11 +411,38 @@ def read_hf(folder: Path) -> tuple[Architecture, dict]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        return from_hf(config), config
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not the config.json of a model: it holds {config!r:.40}, no object")
+    try:
+        return from_hf(config), config
     except KeyError as error:
         raise ValueError(f"{file} lacks the key {error}") from None
+
+
+def _size(config: Mapping, key: str, otherwise: int | None = None) -> int:
+    """otherwise: what it is without the key, or at null."""
+    value = config[key] if otherwise is None else config.get(key)
+    if value is None and otherwise is not None:
+        return otherwise
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {key} = {value!r} must be a whole number of at least 1")
+    return value
+
+
+def _number(config: Mapping, key: str) -> float:
+    if type(config[key]) not in (int, float):
+        raise ValueError(f"config.json: {key} = {config[key]!r} must be a number")
+    return float(config[key])
+
+
+def _object(config: Mapping, key: str) -> dict:
+    """Empty without the key, or at null."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {key} = {value!r} must be an object")
+    return value
 
 
 def _hf_bias(f: Family, config: Mapping) -> str:
@@ -428,7 +465,7 @@ def _hf_activation(f: Family, config: Mapping) -> Activation:
         return record(config["activation"])
     act = config.get("hidden_act", "silu")
     if act == "xielu" and f.parameters:
-        return record(config.get("xact_activation") or {"name": "xielu"})
+        return record(_object(config, "xact_activation") or {"name": "xielu"})
     for name in activations.names():
         candidate = activations.get(name)
         if candidate.hf == act and candidate.gated == f.gated and not candidate.parameters:
@@ -440,10 +477,10 @@ def _hf_activation(f: Family, config: Mapping) -> Activation:
 def _rope(config: Mapping) -> tuple[float, float | None]:
     """(theta, Llama 3's factor or None). Both forms may be given; then they must say the same."""
     forms = {}
-    if config.get("rope_parameters"):
-        forms["rope_parameters"] = dict(config["rope_parameters"])
-    if config.get("rope_theta") is not None or config.get("rope_scaling"):
-        scaling = dict(config.get("rope_scaling") or {})
+    if parameters := _object(config, "rope_parameters"):
+        forms["rope_parameters"] = parameters
+    scaling = _object(config, "rope_scaling")
+    if config.get("rope_theta") is not None or scaling:
         forms["rope_theta and rope_scaling"] = {"rope_theta": config.get("rope_theta"), **scaling}
     if not forms:
         raise ValueError("config.json has neither rope_parameters nor rope_theta; the rotary base cannot be guessed")
@@ -458,14 +495,18 @@ def _one_rope(form: Mapping) -> tuple[float, float | None]:
     kind = form.get("rope_type", form.get("type", "default"))
     if form.get("rope_theta") is None:
         raise ValueError("config.json gives no rope_theta; the rotary base cannot be guessed")
+    if form.get("partial_rotary_factor") not in (1.0, None):
+        raise ValueError(
+            f"unknown architecture: partial_rotary_factor = {form['partial_rotary_factor']!r} has no Megatron form here"
+        )
     if kind == "default":
-        return float(form["rope_theta"]), None
+        return _number(form, "rope_theta"), None
     different = {k: form.get(k) for k, meant in LLAMA3_ROPE.items() if form.get(k) != meant}
     if kind != "llama3" or different:
         raise ValueError(
             f"unknown architecture: RoPE scaling {kind} {different or ''}; Megatron has Llama 3's with {LLAMA3_ROPE}"
         )
-    return float(form["rope_theta"]), float(form["factor"])
+    return _number(form, "rope_theta"), _number(form, "factor")
 
 
 def pad_vocab(a: Architecture, divisible_by: int, tensor_parallel: int) -> Architecture:

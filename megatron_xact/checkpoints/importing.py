@@ -31,6 +31,7 @@ from megatron_xact.checkpoints.architecture import (
     family,
     from_megatron,
     identity,
+    is_hf_xielu_eps,
     pad_vocab,
     read_hf,
     record,
@@ -193,13 +194,13 @@ def _hugging_face(folder: Path, divisible_by: int, tensor_parallel: int) -> _Sou
     weights = Weights(folder)
     a, config = read_hf(folder)
     a = pad_vocab(a, divisible_by, tensor_parallel)
-    shapes = dict(weights.shapes)
     if a.tied:
-        shapes.pop("lm_head.weight", None)  # a copy of the embedding, as some writers leave there
-    check_names(hf_shapes(table(a)), shapes, f"{folder}")
-    notes: tuple[str, ...] = ()
+        weights.drop_tied_head()
+    check_names(hf_shapes(table(a)), weights.shapes, f"{folder}")
+    notes = _precision(weights, table(a))
     if family(a).model_type == "apertus" and a.activation.name == "xielu":
-        a, notes = _xielu_of_tensors(a, weights, said="xact_activation" in config)
+        a, about_xielu = _xielu_of_tensors(a, weights, said="xact_activation" in config)
+        notes += about_xielu
     rules = table(a)
     dtype = weights.read("model.embed_tokens.weight").dtype
     has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -216,6 +217,22 @@ def _hugging_face(folder: Path, divisible_by: int, tensor_parallel: int) -> _Sou
     )
 
 
+_FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # safetensors' names, bytes
+
+
+def _precision(weights: Weights, rules: list[Rule]) -> tuple[str, ...]:
+    """Notes on tensors that are not of the embedding's dtype, which all but alphas get. ValueError: quantized."""
+    for name, dtype in weights.dtypes.items():
+        if dtype not in _FLOATS:
+            raise ValueError(f"{weights.folder}: {name} is {dtype}: quantized weights are not read")
+    main = weights.dtypes["model.embed_tokens.weight"]
+    dtypes = [weights.dtypes[name] for rule in rules if not rule.activation for name in rule.hf]
+    rounded = [dtype for dtype in dtypes if dtype != main and _FLOATS[dtype] >= _FLOATS[main]]
+    if not rounded:
+        return ()
+    return (f"{len(rounded)} tensors of {' and '.join(sorted(set(rounded)))} are rounded to the embedding's {main}",)
+
+
 def _xielu_of_tensors(a: Architecture, weights: Weights, said: bool) -> tuple[Architecture, tuple[str, ...]]:
     """Which of xIELU's parameters are fixed, which is in no tensor. The config may say it (ours do); then the tensors
     have to agree in every layer, or what was fixed has been trained since. Else alphas are trained, and beta is if it
@@ -223,8 +240,8 @@ def _xielu_of_tensors(a: Architecture, weights: Weights, said: bool) -> tuple[Ar
     rules = [rule for rule in table(a) if rule.activation]
     stored = [{n: weights.read(h).float() for n, h in zip(XIELU_HF, rule.hf, strict=True)} for rule in rules]
     for rule, layer in zip(rules, stored, strict=True):
-        if not -1e-3 <= float(layer["eps"]) <= 0:
-            raise ValueError(f"{rule.hf[-1]} = {float(layer['eps'])}: only a clamp near {HF_XIELU_EPS} is known")
+        if not is_hf_xielu_eps(layer["eps"]):
+            raise ValueError(f"{rule.hf[-1]} = {float(layer['eps']):g}: only {HF_XIELU_EPS:g} is known")
     if said:
         try:
             for rule in rules:

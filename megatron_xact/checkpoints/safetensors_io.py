@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 16 * 2**20
 """Elements converted at a time, so that casting a large tensor needs no second one."""
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Shape = tuple[int, ...]
 
@@ -46,7 +46,7 @@ def plan(shapes: dict[str, Shape], dtype: torch.dtype, max_bytes: int) -> list[S
         groups[-1][name] = shape
         size += more
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [Shard(SINGLE, groups[0])]
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", g) for i, g in enumerate(groups, 1)]
 
 
@@ -131,20 +131,31 @@ def verify_checksums(folder: Path, shards: list[Shard], checksums: dict[str, int
                     raise ValueError(f"{name} in {shard.file} reads back differently than written; is the disk sound?")
 
 
+def _files_of(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is damaged: it must be JSON with a weight_map of tensors and files") from None
+
+
 class Weights:
     """The safetensors files of a folder. ValueError: there are none, or one is damaged."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = _files_of(folder / INDEX)
+            if (folder / SINGLE).is_file() and SINGLE not in files:  # transformers reads this one, vLLM the others
+                raise ValueError(f"{folder} holds two models: {SINGLE}, and what {INDEX} names; delete one of them")
+        elif (folder / SINGLE).is_file():
+            files = [SINGLE]
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has no safetensors files (other weight formats are not read)")
         self._files = {}
         self.shapes: dict[str, Shape] = {}
-        self.dtypes: set[str] = set()
+        self.dtypes: dict[str, str] = {}
         for name in files:
             try:
                 file = safe_open(folder / name, "pt")
@@ -155,7 +166,18 @@ class Weights:
                 part = file.get_slice(key)
                 self._files[key] = file
                 self.shapes[key] = tuple(part.get_shape())
-                self.dtypes.add(part.get_dtype())
+                self.dtypes[key] = part.get_dtype()
 
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
+
+    def drop_tied_head(self) -> None:
+        """Forgets the copy of the embedding that some writers leave there. ValueError: it is none."""
+        if "lm_head.weight" not in self.shapes:
+            return
+        if not torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight")):
+            raise ValueError(
+                f"{self.folder}: tie_word_embeddings is true in its config.json, but lm_head.weight is not the "
+                "embedding; set it to false if the head is the model's, or delete the tensor"
+            )
+        del self.shapes["lm_head.weight"]

@@ -33,11 +33,14 @@ class Side:
         else:
             self.file, self.args, self.vocabulary_known = Weights(source.path), None, True
             self.use(read_hf(source.path)[0])
+            if self.architecture.tied:
+                self.file.drop_tied_head()
         self.last: tuple[Rule, tuple[Tensor, ...]] | None = None
 
     def __str__(self) -> str:
         if self.source.kind == "huggingface":
-            return f"{self.source.path} ({self.family.class_name}, {' and '.join(sorted(self.file.dtypes))})"
+            dtypes = " and ".join(sorted(set(self.file.dtypes.values())))
+            return f"{self.source.path} ({self.family.class_name}, {dtypes})"
         return f"{self.source.path} (Megatron, {str(self.file.dtype()).removeprefix('torch.')})"
 
     def use(self, architecture: Architecture) -> None:

@@ -37,13 +37,18 @@ def of_folder(folder: Path) -> TokenizerFiles:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"no tokenizer: {folder} has no tokenizer.json; name the tokenizer's folder with --tokenizer")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    ids = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    content = _object(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
+            vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        ids = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError):
+        ids = {}
+    if not ids:
+        raise ValueError(f"{path} has no vocabulary that is known here")
     config = folder / "tokenizer_config.json"
-    names = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    names = _object(config) if config.is_file() else {}
     special = {}
     for kind in KINDS:
         token = names.get(kind)
@@ -52,6 +57,16 @@ def of_folder(folder: Path) -> TokenizerFiles:
     if (folder / IDS).is_file():
         special |= json.loads((folder / IDS).read_text(encoding="utf-8"))
     return TokenizerFiles(folder, max(ids.values()) + 1, special)
+
+
+def _object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def keep_ids(model: Path, out: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from saved import RUNS, VOCABULARY, hf_configs, in_process, save_hf
 
@@ -186,6 +187,41 @@ def test_what_was_fixed_and_trained_since_is_trained(runs, tmp_path):
     assert "layers.1.mlp.act_fn.beta = 0.625" in done.notes[0]
 
 
+def verified(source: Path, out: Path) -> str:
+    return import_checkpoint(source, out).verified
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_what_was_once_in_16_bits_is_itself(hf_models, tmp_path, dtype):
+    """transformers' own fp32 copy of a 16-bit model, whose clamp is -9.98e-7 or -1.01e-6."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_models["apertus"], dtype=dtype)
+    source = shutil.copytree(hf_models["apertus"], tmp_path / "hf")
+    model.float().save_pretrained(source)
+    assert float(load_file(source / "model.safetensors")["model.layers.0.mlp.act_fn.eps"]) not in (0.0, -1e-6)
+    assert "tensors equal; fp32 logits within" in in_process(verified, source, tmp_path / "out")
+
+
+def test_a_tied_head_may_be_stored_too(hf_models, tmp_path):
+    source = shutil.copytree(hf_models["llama"], tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true .* but lm_head\.weight is not the embedding"):
+        import_checkpoint(source, tmp_path / "out")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert "tensors equal; fp32 logits within" in in_process(verified, source, tmp_path / "out")
+
+
+def test_what_is_rounded_is_said(hf_models, tmp_path):
+    source = shutil.copytree(hf_models["llama"], tmp_path / "hf")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    done = import_checkpoint(source, tmp_path / "out", verify=False)
+    assert done.dtype == "bfloat16" and done.notes == ("1 tensors of F32 are rounded to the embedding's BF16",)
+
+
 def test_another_clamp_is_refused(hf_models, tmp_path):
     source = retrained(hf_models["apertus"], tmp_path / "hf", eps=-0.5)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.eps = -0\.5"):
@@ -205,10 +241,20 @@ def test_another_clamp_is_refused(hf_models, tmp_path):
         (lambda w, c: c.update(model_type="mamba"), {}, "model_type = 'mamba'"),
         (lambda w, c: c.update(rope_theta=1.0), {}, "contradicts itself"),
         (lambda w, c: w["model.norm.weight"].fill_(float("nan")), {}, "decoder.final_layernorm.weight is not finite"),
+        (
+            lambda w, c: c.update(num_attention_heads=None),
+            {},
+            "num_attention_heads = None must be a whole",
+        ),
+        (lambda w, c: c.update(rms_norm_eps="1e-5"), {}, "rms_norm_eps = '1e-5' must be a number"),
+        (lambda w, c: c.update(xact_activation="xielu"), {}, "xact_activation = 'xielu' must be an object"),
+        (lambda w, c: c["rope_parameters"].update(partial_rotary_factor=0.5), {}, "partial_rotary_factor = 0.5 has no"),
+        (lambda w, c: c.update(quantization_config={"bits": 4}), {}, "quantization_config = {'bits': 4} has no"),
+        (lambda w, c: w.update({"model.norm.weight": torch.ones(32).char()}), {}, "model.norm.weight is I8: quantized"),
         (lambda w, c: None, {"tensor_parallel": 3}, "4 (attention heads) cannot be split over 3 ranks"),
         (lambda w, c: None, {"pipeline_parallel": 4}, "2 (layers) cannot be split over 4 ranks"),
     ],
-    ids=["missing", "unexpected", "shape", "config", "family", "rope", "nan", "tp", "pp"],
+    ids="missing unexpected shape config family rope nan null text object partial quantized int8 tp pp".split(),
 )
 def test_refused_with_one_line_and_nothing_left(hf_models, tmp_path, change, options, said):
     source = tmp_path / "hf"
@@ -237,6 +283,30 @@ def test_interrupted_while_writing(hf_models, tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         import_checkpoint(hf_models["llama"], tmp_path / "out", verify=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("config.json", b"[]", "config.json of a model: it holds [], no object"),
+        ("config.json", b"\xff", "config.json is not JSON: 'utf-8' codec"),
+        ("tokenizer.json", b"{}", "tokenizer.json has no vocabulary"),
+        ("tokenizer_config.json", b"", "tokenizer_config.json is not JSON"),
+        ("model.safetensors.index.json", b"[]", "index.json is damaged: it must be JSON with a weight_map"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "b"}}',
+            "holds two models: model.safetensors, and",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(hf_models, tmp_path, file, content, said):
+    source = shutil.copytree(hf_models["llama"], tmp_path / "hf")
+    (source / file).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        import_checkpoint(source, tmp_path / "out", verify=False)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_other_folders_are_refused(hf_models, tmp_path):
