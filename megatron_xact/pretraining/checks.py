@@ -6,6 +6,7 @@ tracker file it starts from random weights or exits with code 0. Here the first 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from argparse import Namespace
@@ -19,6 +20,7 @@ from megatron_xact.layers import coverage
 from megatron_xact.pretraining import arguments, resume
 from megatron_xact.pretraining.checkpointing import choice
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkpoint, name_of, saved_steps
+from megatron_xact.pretraining.data import indexed
 
 if TYPE_CHECKING:
     from megatron_xact.pretraining.config import ActivationConfig, BranchConfig, RunConfig, XactConfig
@@ -49,6 +51,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments.parse(config.arguments())
     required(args)
+    _seed(args)
     schedule(args)
     _batches(args)
     model(args, num_query_groups_given="num-query-groups" in config.megatron)
@@ -87,6 +90,13 @@ def required(args: Namespace) -> None:
             raise ValueError(f"{name} = {value} must be at least 1")
 
 
+def _seed(args: Namespace) -> None:
+    """Megatron adds 100 for every pipeline stage (0.19, training/initialize.py), and NumPy takes 32 bits."""
+    largest = 2**32 - 1 - 100 * (args.pipeline_model_parallel_size - 1)
+    if not 1 <= args.seed <= largest:
+        raise ValueError(f"seed = {args.seed} must be from 1 to {largest}")
+
+
 def schedule(args: Namespace) -> None:
     """What Megatron's scheduler asserts, without a word, once the model is built."""
     if args.lr is None:
@@ -101,8 +111,8 @@ def schedule(args: Namespace) -> None:
         raise ValueError(
             f"lr-warmup-{unit} = {warmup} must be less than lr-decay-{unit} = {decay} (default: train-{unit})"
         )
-    if not 0 <= args.min_lr <= args.lr:
-        raise ValueError(f"min-lr = {args.min_lr} must lie between 0 and lr = {args.lr}")
+    if not 0 <= args.min_lr <= args.lr < math.inf:
+        raise ValueError(f"min-lr = {args.min_lr} must lie between 0 and lr = {args.lr}, and that be finite")
     if args.lr_warmup_init > args.lr:
         raise ValueError(f"lr-warmup-init = {args.lr_warmup_init} must not exceed lr = {args.lr}")
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
@@ -242,6 +252,8 @@ def _data(args: Namespace) -> None:
                         f"{name}: no such file {prefix + suffix} (a data path is the common prefix of a .bin "
                         "and an .idx file; `xact data prepare` makes them)"
                     )
+            if "://" not in prefix:
+                indexed.read_index(Path(prefix))
     for name in arguments.DATA_LISTS:
         if given[name] is not None and not Path(given[name]).is_file():
             raise FileNotFoundError(f"{name}: no such file {given[name]}")
@@ -311,7 +323,16 @@ def prefixes(blend: list[str]) -> list[str]:
 
 
 def _tokenizer(args: Namespace) -> None:
+    """ValueError, FileNotFoundError: it is not there, or data that `xact data prepare` has made are of another one."""
     path = args.tokenizer_model
+    if args.tokenizer_type == "HuggingFaceTokenizer" and path and (Path(path) / "tokenizer.json").is_file():
+        from megatron_xact.pretraining.data import manifest, tokenizer
+
+        given = [p for name in arguments.DATA_PREFIXES for p in getattr(args, name.replace("-", "_")) or []]
+        for folder in dict.fromkeys(Path(prefix).parent for prefix in given):
+            made_with = folder / manifest.TOKENIZER
+            if (folder / manifest.NAME).is_file() and (made_with / "tokenizer.json").is_file():
+                tokenizer.refuse_another(made_with, Path(path))
     if path is None or Path(path).exists() or "://" in path:
         return
     # "org/name" may be a model on the Hugging Face hub; beside a folder "org" it is a missing folder.

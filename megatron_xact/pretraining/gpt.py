@@ -23,6 +23,8 @@ from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_xact.layers.coverage import Unsupported
+
 _BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -108,7 +110,7 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=_with_eod(build_tokenizer(args), args.tokenizer_model),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -131,6 +133,20 @@ def datasets_provider(samples: tuple[int, int, int], vp_stage: int | None = None
 
         return dali.loaders(datasets, args)
     return datasets
+
+
+def _with_eod(tokenizer, path: str | None):
+    """As it is. Unsupported: it names no token that ends documents, whose id Megatron's datasets need."""
+    try:
+        found = tokenizer.eod
+    except (AttributeError, IndexError, NotImplementedError, TypeError):
+        found = None
+    if found is None:
+        raise Unsupported(
+            f"tokenizer-model = {path!r} has no eos_token to end documents with: name one of its tokens in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
 
 
 # Every rank calls the provider: the builder decides from `consumed_here` who opens files.

@@ -49,7 +49,9 @@ class Report:
 
     @property
     def validation_perplexity(self) -> float | None:
-        return math.exp(self.validation[-1][1]) if self.validation else None
+        """None too where no float holds it: a loss above 709."""
+        loss = self.validation[-1][1] if self.validation else math.inf
+        return math.exp(loss) if loss < 709 else None
 
     @property
     def unigram_perplexity(self) -> float | None:
@@ -102,6 +104,8 @@ def summary(report: Report) -> str:
     if report.validation_perplexity is not None:
         beside = f" (a unigram model: {report.unigram_perplexity:,.1f})" if report.unigram_perplexity else ""
         lines.append(f"validation   perplexity {report.validation_perplexity:,.1f}{beside}")
+    elif report.validation:
+        lines.append(f"validation   loss {report.validation[-1][1]:.1f}")
     return "\n".join(lines) or "nothing measured yet"
 
 
@@ -155,7 +159,10 @@ def _activation(path: Path) -> Activation | None:
 
 def _unigram_loss(path: Path) -> float | None:
     """As the run itself measured it at its end."""
-    perplexity = json.loads(path.read_text(encoding="utf-8")).get("unigram_perplexity") if path.exists() else None
+    try:
+        perplexity = json.loads(path.read_text(encoding="utf-8"))["unigram_perplexity"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # no end yet, or a file that someone has changed
+        return None
     return math.log(perplexity) if perplexity else None
 
 

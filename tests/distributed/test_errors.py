@@ -5,6 +5,7 @@ Most of it is told by the launching process before it starts ranks, so these cal
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -94,6 +95,9 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
             "tokenizer-model: no such file or folder no/such/tokenizer",
         ),
         (["--load", "nowhere"], 1, "load: no checkpoint in nowhere"),
+        (["--seed", "0"], 1, "seed = 0 must be from 1 to 4294967295"),
+        ([*PP2, "--seed", "4294967295"], 2, "seed = 4294967295 must be from 1 to 4294967195"),
+        (["--lr", "inf"], 1, "lr = inf, and that be finite"),
         (["--lr-warmup-iters", "12"], 1, "lr-warmup-iters = 12 must be less than lr-decay-iters = 12"),
         (["--min-lr", "0.1"], 1, "min-lr = 0.1 must lie between 0 and lr = 0.01"),
         (["--set", "xact.keep-every=4"], 1, "keep-every = 4 has no effect without keep-checkpoints"),
@@ -127,6 +131,42 @@ def refused(runs, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
 )
 def test_a_config_that_cannot_run(refused, words, ranks, told):
     assert told in refused(*words, ranks=ranks)
+
+
+def test_data_that_are_cut_off(runs, refused, tmp_path):
+    prefix = shutil.copytree(runs.config.parent / "data", tmp_path / "data") / "train_text_document"
+    whole = os.path.getsize(f"{prefix}.bin")
+    os.truncate(f"{prefix}.bin", whole - 2)
+    told = f"{prefix}.bin has {whole - 2} bytes, where its index promises {whole}"
+    assert told in refused("--train-data-path", str(prefix))
+    os.truncate(f"{prefix}.idx", 1000)
+    assert f"{prefix}.idx is damaged: 1000 bytes" in refused("--train-data-path", str(prefix))
+
+
+def test_a_tokenizer_that_is_not_the_datas(runs, refused, tmp_path):
+    """Whose ids are other tokens, or lie beyond the embedding."""
+    other = shutil.copytree(runs.config.parent / "data" / "tokenizer", tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["added_tokens"][1]["content"] = "<|padding|>"
+    content["model"]["vocab"]["<|padding|>"] = content["model"]["vocab"].pop("<|pad|>")
+    content["model"]["vocab"]["more"] = len(content["model"]["vocab"])
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    config = load(runs.config).with_overrides(["--tokenizer-model", str(other)])
+    validate(config, 1)  # special tokens of other names, and more tokens
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    line = refused("--tokenizer-model", str(other))
+    assert "is not the data's" in line and f": 2 of their tokens, the first 'a' with id {vocabulary['b']}, are" in line
+
+
+def test_a_tokenizer_that_ends_no_documents(runs, tmp_path):
+    """Found when Megatron has loaded it: transformers may know an eos_token that its files do not name."""
+    folder = shutil.copytree(runs.config.parent / "data" / "tokenizer", tmp_path / "tokenizer")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    done = execute(runs.command("--save", str(tmp_path / "save"), "--tokenizer-model", str(folder), "--quiet"))
+    line = the_one_line(done.returncode, done.stdout, done.stderr)
+    assert f"tokenizer-model = '{folder}' has no eos_token to end documents with" in line
 
 
 def test_several_machines_need_a_folder_that_all_of_them_see(runs, capsys, monkeypatch):

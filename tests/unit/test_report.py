@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -162,6 +163,11 @@ def test_perplexities_are_those_of_the_losses(run):
     assert "unigram" not in report.summary(report.read(run))
     (run / "report.json").write_text(json.dumps(report.figures(results)))
     assert report.read(run).unigram_perplexity == pytest.approx(50)  # as the finished run has measured it
+    (run / "report.json").write_text("")
+    assert report.read(run).unigram_perplexity is None
+    diverged = replace(results, validation=[(40, 812.25)])
+    assert report.figures(diverged)["validation_perplexity"] is None
+    assert "validation   loss 812.2" in report.summary(diverged)
 
 
 def test_the_unigram_model_is_that_of_the_only_validation_set(tmp_path, monkeypatch):

@@ -145,12 +145,12 @@ def read_index(prefix: Path) -> Index:
         raise ValueError(f"{path} is damaged: {size} bytes, where its head promises {expected}")
     raw = np.memmap(path, mode="r")
     lengths = raw[HEADER.size :][: 4 * sequences].view(np.int32)
+    offsets = raw[HEADER.size + 4 * sequences :][: 8 * sequences].view(np.int64)
     dtype = np.dtype(DTYPES[code])
-    promised = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+    promised = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if (found := os.path.getsize(f"{prefix}.bin")) != promised:
         raise ValueError(f"{prefix}.bin has {found} bytes, where its index promises {promised}")
     tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r") if promised else np.empty(0, dtype)
-    offsets = raw[HEADER.size + 4 * sequences :][: 8 * sequences].view(np.int64)
     starts = raw[HEADER.size + 12 * sequences :][: 8 * bounds].view(np.int64)
     return Index(prefix, lengths, offsets, starts, tokens)
 

@@ -128,6 +128,26 @@ def load(folder: Path) -> Encoder:
     return Encoder(backend, eod, len(vocabulary), sha256_of(path))
 
 
+def refuse_another(made_with: Path, given: Path) -> None:
+    """ValueError: ids that the first tokenizer's folder makes are other tokens in the second's.
+
+    More tokens, and special ones with other names, make no other tokenizer: instructed models have them.
+    """
+    one, two = json_of(made_with), json_of(given)
+    if sha256_of(one) == sha256_of(two):
+        return
+    made, there = _load(one), _load(two).get_vocab(with_added_tokens=True)
+    special = {token.content for token in made.get_added_tokens_decoder().values()}
+    vocabulary = made.get_vocab(with_added_tokens=False)
+    others = [(i, token) for token, i in vocabulary.items() if token not in special and there.get(token) != i]
+    if others:
+        i, token = min(others)
+        raise ValueError(
+            f"tokenizer-model = {str(given)!r} is not the data's, {made_with}: {len(others):,} of their tokens, the "
+            f"first {token!r} with id {i}, are not the same there; prepare the data with it, or train with theirs"
+        )
+
+
 def _load(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
