@@ -8,7 +8,6 @@ self-contained model of `modeling/`, which is exported along with the weights fo
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_xact import activations
 from megatron_xact.activations import Activation
+from megatron_xact.checkpoints.json_files import read_object
 from megatron_xact.pretraining.resume import identity
 
 # Megatron's `--use-rope-scaling` is Llama 3's, with these constants built in; only the factor is an argument.
@@ -409,12 +409,7 @@ def from_hf(config: Mapping) -> Architecture:
 def read_hf(folder: Path) -> tuple[Architecture, dict]:
     """Of a Hugging Face folder, and its config.json. ValueError or OSError: it has none, or not a whole one."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not the config.json of a model: it holds {config!r:.40}, no object")
+    config = read_object(file)
     try:
         return from_hf(config), config
     except KeyError as error:

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_xact.checkpoints.json_files import read_object
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 16 * 2**20
@@ -133,9 +135,9 @@ def verify_checksums(folder: Path, shards: list[Shard], checksums: dict[str, int
 
 def _files_of(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is damaged: it must be JSON with a weight_map of tensors and files") from None
+        return sorted(set(read_object(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} has no weight_map of tensors and files") from None
 
 
 class Weights:

@@ -8,6 +8,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_xact.checkpoints.json_files import read_object
+
 GENERATION = "generation_config.json"
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -37,7 +39,7 @@ def of_folder(folder: Path) -> TokenizerFiles:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"no tokenizer: {folder} has no tokenizer.json; name the tokenizer's folder with --tokenizer")
-    content = _object(path)
+    content = read_object(path)
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
@@ -48,31 +50,21 @@ def of_folder(folder: Path) -> TokenizerFiles:
     if not ids:
         raise ValueError(f"{path} has no vocabulary that is known here")
     config = folder / "tokenizer_config.json"
-    names = _object(config) if config.is_file() else {}
+    names = read_object(config) if config.is_file() else {}
     special = {}
     for kind in KINDS:
         token = names.get(kind)
         token = token["content"] if isinstance(token, dict) else token
         special[f"{kind}_id"] = ids.get(token)
     if (folder / IDS).is_file():
-        special |= json.loads((folder / IDS).read_text(encoding="utf-8"))
+        special |= read_object(folder / IDS)
     return TokenizerFiles(folder, max(ids.values()) + 1, special)
-
-
-def _object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 def keep_ids(model: Path, out: Path) -> None:
     """The special ids that `model`'s config.json gives, kept beside the tokenizer in `out`; none of a Megatron run."""
     if (model / "config.json").is_file():
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = read_object(model / "config.json")
         ids = {f"{kind}_id": config[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in config}
         (out / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
 

@@ -288,11 +288,11 @@ def test_interrupted_while_writing(hf_models, tmp_path, monkeypatch, error):
 @pytest.mark.parametrize(
     "file, content, said",
     [
-        ("config.json", b"[]", "config.json of a model: it holds [], no object"),
+        ("config.json", b"[]", "config.json holds [], no JSON object"),
         ("config.json", b"\xff", "config.json is not JSON: 'utf-8' codec"),
         ("tokenizer.json", b"{}", "tokenizer.json has no vocabulary"),
         ("tokenizer_config.json", b"", "tokenizer_config.json is not JSON"),
-        ("model.safetensors.index.json", b"[]", "index.json is damaged: it must be JSON with a weight_map"),
+        ("model.safetensors.index.json", b"{}", "index.json has no weight_map of tensors and files"),
         (
             "model.safetensors.index.json",
             b'{"weight_map": {"a": "b"}}',
