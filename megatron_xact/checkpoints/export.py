@@ -21,7 +21,7 @@ from megatron_xact.checkpoints import safetensors_io, tokenizer_files
 from megatron_xact.checkpoints.architecture import Architecture, family, from_megatron, to_hf
 from megatron_xact.checkpoints.folders import whole_folder
 from megatron_xact.checkpoints.mapping import Rule, check_names, hf_shapes, megatron_shapes, table
-from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_checkpoint
+from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_undamaged
 from megatron_xact.checkpoints.model_card import card
 from megatron_xact.checkpoints.modeling import MODELING_FILE, modeling_source
 from megatron_xact.checkpoints.options import DTYPES, SHARD_SIZE, size_in_bytes
@@ -78,7 +78,7 @@ def export(
     """
     started = time.monotonic()
     max_bytes = size_in_bytes(max_shard_size)
-    source = open_checkpoint(checkpoint, step)
+    source = open_undamaged(checkpoint, step)
     if isinstance(source, LegacyCheckpoint):
         raise ValueError(f"{source.folder} is in Megatron's old format (mp_rank_*); make it a new one with xact import")
     if tokenizer is not None:

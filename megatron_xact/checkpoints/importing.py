@@ -17,7 +17,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -47,10 +47,11 @@ from megatron_xact.checkpoints.mapping import (
     megatron_shapes,
     table,
 )
-from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_checkpoint
+from megatron_xact.checkpoints.megatron_io import Checkpoint, LegacyCheckpoint, open_undamaged
 from megatron_xact.checkpoints.safetensors_io import Weights
 from megatron_xact.checkpoints.tokenizer_files import TokenizerFiles
 from megatron_xact.pretraining import arguments
+from megatron_xact.pretraining.checkpointing import checksums
 from megatron_xact.pretraining.checkpointing.folder import TRACKER
 from megatron_xact.pretraining.config import EVAL_INTERVAL, ActivationConfig, RunConfig, XactConfig
 from megatron_xact.pretraining.data.progress import Progress
@@ -143,7 +144,7 @@ def import_checkpoint(
     if (source / "config.json").is_file():
         found = _hugging_face(source, divisible_by, tensor_parallel)
     else:
-        found = _megatron(open_checkpoint(source, step, trust_pickle), activation, alpha_disagreement)
+        found = _megatron(open_undamaged(source, step, trust_pickle), activation, alpha_disagreement)
     a = found.architecture
     _check_parallel(a, tensor_parallel, pipeline_parallel)
     config = _config(found, out.absolute(), tensor_parallel, pipeline_parallel, divisible_by)
@@ -154,6 +155,7 @@ def import_checkpoint(
         with Progress("import", total) as progress:
             produce = _Produce(found, dtypes, progress)
             megatron_io.write(folder / "release", produce.tensors, dtypes, produce, _arguments(config, a))
+        checksums.write(folder / "release")
         (folder / TRACKER).write_text("release", encoding="utf-8")
         if found.tokenizer is not None:
             # A copy: what is imported can then be moved or deleted. And a tokenizer beside a config.json with code
@@ -306,6 +308,8 @@ def _megatron(source: Checkpoint, activation: str | None, policy: str) -> _Sourc
 
 def _spread(source: LegacyCheckpoint, tensor: MegatronTensor) -> float:
     values = [float(copy) for copy in source.replicas(tensor)]
+    if not all(map(isfinite, values)):
+        raise ValueError(f"{tensor.name} is not finite on all tensor-parallel ranks: {values}")
     return max(values) - min(values)
 
 

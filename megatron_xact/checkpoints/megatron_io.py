@@ -29,11 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_xact.checkpoints.mapping import LOCAL_NAMES, MegatronTensor, Rule
+from megatron_xact.pretraining.checkpointing import checksums
 from megatron_xact.pretraining.checkpointing.folder import TRACKER, check_checkpoint
 
 # What a checkpoint holds besides the model.
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|chained_\d+\.|rng_state|rerun_state|opt_param_scheduler")
 _LAYERS = "decoder.layers."
+_CHUNK = re.compile(r"model\d*")  # of a rank with several virtual pipeline stages: model0, model1, ...
 
 
 def find(folder: Path, step: int | None = None) -> Path:
@@ -50,6 +52,14 @@ def find(folder: Path, step: int | None = None) -> Path:
     if step is None and not (folder / TRACKER).is_file():
         raise FileNotFoundError(f"no checkpoint in {folder} (no {TRACKER}, no .metadata)")
     return check_checkpoint(folder, step)
+
+
+def open_undamaged(folder: Path, step: int | None = None, trust_pickle: bool = False) -> Checkpoint:
+    """As `open_checkpoint`, after reading all files that have checksums. ValueError: one is not what was saved."""
+    found = find(Path(folder), step)
+    if checksums.are_there(found) and (how := checksums.compare(found)):
+        raise ValueError(f"checkpoint {found} {how}; take another one, --step names it")
+    return open_checkpoint(found, trust_pickle=trust_pickle)
 
 
 def open_checkpoint(folder: Path, step: int | None = None, trust_pickle: bool = False) -> Checkpoint:
@@ -179,16 +189,10 @@ class LegacyCheckpoint:
         self.folder = folder
         ranks: dict[tuple[int, int], dict] = {}
         for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt")):
-            tp, _, pp = path.parent.name.removeprefix("mp_rank_").partition("_")
-            try:
-                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
-            except pickle.UnpicklingError as error:
-                what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "unknown classes").strip()
-                raise ValueError(
-                    f"{path} holds more than tensors and plain arguments ({what}); "
-                    "if you trust where it came from, --trust-pickle loads it anyway"
-                ) from None
-            ranks[int(tp), int(pp or 0)] = loaded
+            rank = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
+            if rank is None:
+                raise ValueError(f"{path.parent} is not named as a rank's folder, mp_rank_TT or mp_rank_TT_PPP")
+            ranks[int(rank[1]), int(rank[2] or 0)] = _load_rank(path, trust_pickle)
         if not ranks:
             raise ValueError(f"{folder} has mp_rank folders but no model_optim_rng.pt in them")
         self.tp, self.pp = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
@@ -197,10 +201,15 @@ class LegacyCheckpoint:
         self.args = _arguments_of(ranks[0, 0], folder)
         self.iteration: int = ranks[0, 0].get("iteration", 0)
         self._tensors = [self._of_tp_rank({pp: ranks[tp, pp] for pp in range(self.pp)}) for tp in range(self.tp)]
+        shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in self._tensors]
+        for tp, found in enumerate(shapes):
+            if differing := sorted(name for name, _ in found.items() ^ shapes[0].items()):
+                raise ValueError(f"{folder}: tensor-parallel ranks 0 and {tp} differ in whether they have, or in the "
+                                 f"shape of, {differing[0]}")  # fmt: skip
 
     def _of_tp_rank(self, stages: dict[int, dict]) -> dict[str, Tensor]:
         """Every pipeline stage's (and virtual stage's) tensors, layers renumbered from the first stage on."""
-        chunks = [key for key in stages[0] if re.fullmatch(r"model\d*", key)]
+        chunks = [key for key in stages[0] if _CHUNK.fullmatch(key)]
         chunks.sort(key=lambda key: int(key.removeprefix("model") or 0))  # model10 comes after model9
         per_chunk = self.args.num_layers // (self.pp * len(chunks))
         found = {}
@@ -254,9 +263,26 @@ class LegacyCheckpoint:
 Checkpoint = DistributedCheckpoint | LegacyCheckpoint
 
 
+def _load_rank(path: Path, trust_pickle: bool) -> dict:
+    """ValueError: it cannot be read, holds what is not unpickled untrusted, or is not what Megatron writes."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "unknown classes").strip()
+        raise ValueError(
+            f"{path} holds more than tensors and plain arguments ({what}); "
+            "if you trust where it came from, --trust-pickle loads it anyway"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not any(_CHUNK.fullmatch(str(key)) for key in state):
+        raise ValueError(f"{path} holds no model")
+    return state
+
+
 def _arguments_of(state: dict, folder: Path) -> Namespace:
-    if state.get("args") is None:
-        raise ValueError(f"checkpoint {folder} holds no arguments; nothing says what model it is")
+    if not hasattr(state.get("args"), "num_layers"):
+        raise ValueError(f"checkpoint {folder} holds no arguments of Megatron's; nothing says what model it is")
     return state["args"]
 
 

@@ -20,7 +20,9 @@ from saved import RUNS, VOCABULARY, execute, in_process
 from megatron_xact.checkpoints import safetensors_io, tokenizer_files
 from megatron_xact.checkpoints.export import export, size_in_bytes
 from megatron_xact.checkpoints.folders import whole_folder
+from megatron_xact.checkpoints.importing import import_checkpoint
 from megatron_xact.checkpoints.megatron_io import open_checkpoint
+from megatron_xact.pretraining.checkpointing import checksums
 
 pytestmark = pytest.mark.distributed
 
@@ -203,6 +205,20 @@ def test_one_iteration_by_folder_or_by_step(runs, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_weights_that_are_not_what_was_saved(runs, tmp_path):
+    """A flipped bit makes another weight: only the run's checksums tell it."""
+    run = shutil.copytree(runs["arcee"], tmp_path / "run")
+    (checkpoint,) = run.glob("iter_*")
+    shard = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    for into in (export, import_checkpoint):
+        with pytest.raises(ValueError, match=f"is damaged: {shard.name} is not what was saved"):
+            into(run, tmp_path / "out", verify=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_conversion_is_noticed_and_leaves_nothing(exports, fault):
     folder, _, ended = exports
@@ -239,6 +255,7 @@ def damaged(runs, tmp_path):
         metadata = pickle.loads(path.read_bytes())
         change(metadata.state_dict_metadata)
         path.write_bytes(pickle.dumps(metadata))
+        (copy / "iter_0000002" / checksums.NAME).unlink()  # which would tell it first
         return copy
 
     return make

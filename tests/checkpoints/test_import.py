@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -433,6 +435,49 @@ def test_ranks_whose_alphas_disagree(reference, tmp_path, policy, share):
             first = tensor.bfloat16()
             copies = torch.stack([first, first + 0.25]).float()
             assert torch.equal(found[key], copies.mean(dim=0) if share else copies[0]), key
+
+
+FC2, ALPHA = "decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.1.mlp.activation_func.alpha_p"
+LAST = "mp_rank_01_001"
+
+
+def _rank_with(change, rank: str = LAST):
+    """What changes the state that a rank has saved: in place, or for what `change` gives."""
+
+    def damage(old: Path) -> None:
+        path = old / "iter_0000005" / rank / "model_optim_rng.pt"
+        state = torch.load(path, weights_only=False)
+        torch.save(change(state) or state, path)
+
+    return damage
+
+
+def _cut(size: int):
+    return lambda old: os.truncate(old / "iter_0000005" / LAST / "model_optim_rng.pt", size)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (_rank_with(lambda s: s["model"].update({ALPHA: torch.tensor([math.nan])})), "is not finite on all"),
+        (_rank_with(lambda s: s["model"].__delitem__(FC2)), "differ in whether they have, or in"),
+        (_rank_with(lambda s: s["model"].update({FC2: torch.ones(3, 3)})), "shape of, decoder.layers.3.mlp.linear_fc2"),
+        (_rank_with(lambda s: [1, 2]), f"{LAST}/model_optim_rng.pt holds no model"),
+        (_rank_with(lambda s: s.__delitem__("model")), "holds no model"),
+        (_rank_with(lambda s: s.update(args=Namespace()), "mp_rank_00_000"), "holds no arguments of Megatron's"),
+        (_cut(5000), "pt cannot be read: "),
+        (_cut(0), "pt cannot be read: "),
+        (lambda old: (old / "iter_0000005" / LAST).rename(old / "iter_0000005/mp_rank_xx"), "is not named as a rank's"),
+    ],
+    ids="alpha missing shape list nothing arguments truncated empty name".split(),
+)
+def test_a_damaged_rank_of_the_old_format(reference, tmp_path, damage, said):
+    old = legacy(*reference, tmp_path / "old")
+    damage(old)
+    with pytest.raises(ValueError) as error:
+        import_checkpoint(old, tmp_path / "out", verify=False)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
 def test_weights_that_disagree_are_refused(reference, tmp_path):

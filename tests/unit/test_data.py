@@ -190,6 +190,11 @@ def test_parquet_gives_the_same_tokens(prepared: manifest.DataManifest, tmp_path
     assert made.skipped == {"empty": 1}
     with pytest.raises(ValueError, match=r"rows.parquet: no column 'body', only \['id', 'text'\]"):
         prepare(tmp_path / "other", str(file), VOCAB_SIZE, text_key="body")
+    with file.open("r+b") as opened:
+        opened.seek(parquet.ParquetFile(file).metadata.row_group(0).column(1).data_page_offset)
+        opened.write(b"\xff" * 20)
+    with pytest.raises(ValueError, match=r"rows.parquet: not a readable parquet file"):
+        prepare(tmp_path / "other", str(file), VOCAB_SIZE)
     file.write_bytes(b"PAR1 but not really")
     with pytest.raises(ValueError, match=r"rows.parquet: not a readable parquet file"):
         prepare(tmp_path / "other", str(file), VOCAB_SIZE)
@@ -405,13 +410,14 @@ BAD_LINES = {
     '{"text": "fine"}\n\n{"txet": "typo"}\n': r"rows.jsonl:3: no key 'text', only \['txet'\]",
     '{"text": "fine"}\n{"text": \n': r"rows.jsonl:2: not JSON \(",
     '{"text": 5}\n': r"rows.jsonl:1: 'text' holds int, not text",
+    "[" * 100_000 + "\n": "rows.jsonl:1: JSON too deeply nested",
     '["text"]\n': r"rows.jsonl:1: expected an object with the key 'text', found list",
     "\n": "has no text within the limit",
     '{"text": "alone"}\n': "all 1 documents of .*rows.jsonl fell on one side",
 }
 
 
-@pytest.mark.parametrize("lines", BAD_LINES)
+@pytest.mark.parametrize("lines", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_bad_lines(lines: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=BAD_LINES[lines]) as caught:

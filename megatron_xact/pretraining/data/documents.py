@@ -25,6 +25,8 @@ def text_of(record: Record, text_key: str) -> str | None:
         row = json.loads(record.content.decode("utf-8-sig", "replace"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{record.where}: not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{record.where}: JSON too deeply nested to be read") from None
     return text_of_row(row, text_key, record.where)
 
 

@@ -109,7 +109,9 @@ def _parquet(file: Path, text_key: str, mark: Mark) -> Marked:
             if text_key not in columns:
                 raise ValueError(f"{file}: no column {text_key!r}, only {columns}; choose one with --text-key")
             yield from _rows(file, table, text_key, mark[0])
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # of damaged pages it is an OSError, without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
