@@ -22,7 +22,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name to write under, which becomes `path` when the block ends, and is removed if it fails."""
+    """Gives a name to write under, which becomes `path` when the block ends, and is removed if it fails.
+
+    What a link leads to is replaced, not the link. OSError: it is a device, a pipe or a folder.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file that could be replaced; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     growing = partial(path)
     try:

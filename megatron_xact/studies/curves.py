@@ -26,10 +26,19 @@ class Curves:
 
 
 def read(run: Run, root: Path) -> Curves | None:
-    """None where the table names no folder for this run or it is not there."""
+    """None where the table names no folder for this run or it is not there. ValueError: its records are other ones."""
     folder = root / run.run
     if not run.run or not folder.is_dir():
         return None
+    try:
+        return _read(folder)
+    except (LookupError, TypeError, ValueError, StopIteration, AttributeError) as error:
+        raise ValueError(
+            f"{folder}: progress.jsonl or alphas.jsonl is not what pretraining writes: {error!r}"
+        ) from None
+
+
+def _read(folder: Path) -> Curves:
     progress = records(folder / "progress.jsonl")
     alphas = {r["step"]: r["alphas"] for r in records(folder / "alphas.jsonl")}
     steps = list(alphas)
@@ -48,7 +57,11 @@ def final_alphas(run: Run, root: Path) -> dict[str, Array]:
     """Parameter -> effective value by layer at the end, from the table or else from the run folder."""
     if run.alphas:
         try:
-            return {name: np.array(values, float) for name, values in json.loads(run.alphas).items()}
+            found = {name: np.array(values, float) for name, values in json.loads(run.alphas).items()}
+            layers = {values.shape for values in found.values()}
+            if len(layers) > 1 or any(len(shape) != 1 or not shape[0] for shape in layers):
+                raise ValueError
+            return found
         except (ValueError, AttributeError, TypeError):
             raise ValueError(f"{run.line or run.activation}: alphas = {run.alphas[:60]!r} is not JSON of the form "
                              '{"alpha_p": [0.8, 0.9], ...}, a value per layer') from None  # fmt: skip

@@ -11,7 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_xact.studies.table import COLUMNS, Run, Table, lines_of
@@ -88,17 +88,37 @@ def _read_toml(path: Path) -> tuple[dict[str, Source], list]:
             raise ValueError(f"{path}: {error}") from None
     if unknown := set(content) - {"columns", "where"}:
         raise ValueError(f"{path}: unknown table {sorted(unknown)[0]!r}; a mapping has [columns] and [where]")
-    sources = {}
-    for name, value in content.get("columns", {}).items():
-        try:
-            sources[name] = Source(value) if isinstance(value, str) else Source(**value)
-        except TypeError:
-            known = ", ".join(f.name for f in fields(Source))
-            raise ValueError(f"{path}: columns.{name} must be a column's name or a table with {known}") from None
+    for name, table in content.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} = {table!r} must be a table")
+    sources = {name: _source(value, f"{path}: columns.{name}") for name, value in content.get("columns", {}).items()}
     where = []
     for column, value in content.get("where", {}).items():
         where.append((column, True, tuple(map(str, value)) if isinstance(value, list) else (str(value),)))
     return sources, where
+
+
+# Of a source in TOML: the kinds of its entries, and how they are told.
+_KINDS = {
+    "column": (str, "a column's name"), "scale": (int | float, "a number"), "values": (dict, "a table"),
+    "pattern": (str, "a regular expression"), "constant": (str | int | float, "a text or a number"),
+}  # fmt: skip
+
+
+def _source(value: object, where: str) -> Source:
+    if isinstance(value, str):
+        return Source(value)
+    if not isinstance(value, dict) or not value.keys() <= _KINDS.keys():
+        raise ValueError(f"{where} must be a column's name or a table with {', '.join(_KINDS)}")
+    for key, entry in value.items():
+        kind, told = _KINDS[key]
+        if not isinstance(entry, kind) or isinstance(entry, bool):
+            raise ValueError(f"{where}.{key} = {entry!r} must be {told}")
+    try:
+        re.compile(value.get("pattern", ""))
+    except re.error as error:
+        raise ValueError(f"{where}.pattern = {value['pattern']!r} is no regular expression: {error}") from None
+    return Source(**value)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from megatron_xact.studies import compare as comparing
 from megatron_xact.studies import comparison_plots, curves, isoflop, law_plots, numbers, run_plots, words
 from megatron_xact.studies.bars import bar
@@ -157,8 +159,17 @@ def _draw_run_folders(table: Table, at: Path, root: Path, values_of: Values | No
     for r, _ in longest.values():
         if (c := curves.read(r, root)) and c.alphas:
             run_plots.alphas_over_time(r, c, at / f"alphas_over_time_{_file(r.activation)}.png")
-    if values_of is not None:
-        run_plots.shapes([longest[name] for name in sorted(longest)], values_of, at / "shapes.png")
+    if values_of is not None and (known := [name for name in sorted(longest) if _is_known(name, values_of)]):
+        run_plots.shapes([longest[name] for name in known], values_of, at / "shapes.png")
+
+
+def _is_known(activation: str, values_of: Values) -> bool:
+    """Tables of others may have activations that are not here."""
+    try:
+        values_of(activation, {}, np.zeros(1))
+    except ValueError:
+        return False
+    return True
 
 
 def _file(name: str) -> str:

@@ -73,7 +73,11 @@ def shapes(found: Sequence[tuple[Run, dict[str, Array]]], values_of: Values, pat
             count = len(next(iter(learned.values())))
             for layer, colour in figures.shades([str(i + 1) for i in range(count)]).items():
                 at = {name: float(v[int(layer) - 1]) for name, v in learned.items()}
-                ax.plot(x, values_of(run.activation, at, x), lw=1.1, color=colour, label=layer)
+                try:
+                    values = values_of(run.activation, at, x)
+                except ValueError as error:
+                    raise ValueError(f"{run.line or run.run}: {error}") from None
+                ax.plot(x, values, lw=1.1, color=colour, label=layer)
             ax.plot(x, values_of(run.activation, {}, x), "k--", lw=1, label="start")
             ax.set(xlabel="x", ylabel="f(x)", title=f"{run.activation} {run.size}")
             ax.legend(title="layer", fontsize=7, title_fontsize=8, ncols=1 + count // 9)

@@ -234,6 +234,41 @@ def test_a_folder_that_is_no_report_is_left_alone(made, tmp_path, capsys):
     assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
 
 
+def test_activations_of_others_may_have_learned_values(made, tmp_path):
+    """Their functions are not known here: they are in the picture over depth, not in that of shapes."""
+    other = [replace(r, activation="theirs") if r.activation == "xielu" else r for r in read(made / "runs.csv").runs]
+    Table([replace(r, run="") for r in other]).write(tmp_path / "runs.csv")
+    words = ["study", "report", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out"), "--bootstraps", "9"]
+    assert cli.main(words) == 0
+    there = {p.name for p in (tmp_path / "out/plots").iterdir()}
+    assert "alphas_over_depth.png" in there and "shapes.png" not in there
+
+
+@pytest.mark.parametrize(
+    "alphas, record, said",
+    [
+        ('{"alpha_p": 3}', "", "a value per layer"),
+        ('{"alpha_p": []}', "", "a value per layer"),
+        ('{"alpha_p": [1, 2], "alpha_n": [1]}', "", "a value per layer"),
+        ('{"alpha_p": [-5, 1]}', "", "xielu: alpha_p = -5.0 must be greater than 0.0"),
+        (
+            "",
+            '{"step": 1, "tokens": 5}',
+            "big: progress.jsonl or alphas.jsonl is not what pretraining writes: KeyError",
+        ),
+        ("", "[1]", "big: progress.jsonl or alphas.jsonl is not what pretraining writes"),
+    ],
+)
+def test_broken_values_of_runs_are_named_and_no_report_is_begun(made, tmp_path, capsys, alphas, record, said):
+    (tmp_path / "runs/big").mkdir(parents=True)
+    (tmp_path / "runs/big/progress.jsonl").write_text(record + "\n" if record else "")
+    runs = [replace(r, alphas=alphas if r.alphas else "") for r in read(made / "runs.csv").runs]
+    Table(runs).write(tmp_path / "runs.csv")
+    words = ["study", "report", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out"), "--bootstraps", "5"]
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_done_is_said_on_the_page(made, tmp_path, capsys):
     """A third activation with too few runs: its law and comparison are refused, the rest is there."""
     table = read(made / "runs.csv")

@@ -240,13 +240,16 @@ def test_a_bad_mapping_is_named(tmp_path, capsys):
         Mapping.of(tmp_path / "none.toml")
     for text, said in (("[column]\n", "unknown table 'column'"), ("[columns]\nloss = {colum = 'x'}\n", "columns.loss"),
                        ("[columns]\nloss = 3\n", "columns.loss"), ("[columns\n", "mapping.toml: "),
+                       ("columns = 3\n", "columns = 3 must be a table"), ("where = 3\n", "where = 3 must be a table"),
+                       ("[columns]\nloss = {column = 'x', scale = '2'}\n", "columns.loss.scale = '2' must be a number"),
+                       ("[columns]\nloss = {column = 'x', pattern = '('}\n", "= '(' is no regular expression"),
                        ("[columns]\nparams = {column = 'size', values = {1B = 1}}\n", "'190M' is not among the values")
                        ):  # fmt: skip
         (tmp_path / "mapping.toml").write_text(text)
         table = str(DATA / "olmo_ladder_final_losses.csv")
         words = ["study", "fit", table, "--mapping", str(tmp_path / "mapping.toml"), "--columns",
                  "tokens=throughput/total_tokens", "loss=c4_en"]  # fmt: skip
-        assert cli.main(words if "colum" not in said else words[:5]) == 2
+        assert cli.main(words if "190M" in said else words[:5]) == 2
         assert said in capsys.readouterr().err
 
 

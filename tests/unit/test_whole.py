@@ -83,6 +83,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "4" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_link_leads_to_is_replaced_and_devices_are_not(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "tracker").symlink_to("there/tracker")
+    for text in ("4", "8"):
+        write_text(tmp_path / "tracker", text)
+        assert (tmp_path / "tracker").is_symlink() and (tmp_path / "there" / "tracker").read_text() == text
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/full")
+    before = os.stat("/dev/full")
+    for name in ("pipe", "device", "there"):
+        with pytest.raises(OSError, match="is no file that could be replaced"):
+            write_text(tmp_path / name, "text")
+    assert os.stat("/dev/full") == before and (tmp_path / "pipe").is_fifo()
+
+
 def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
     """A crash could otherwise leave the name, and nothing behind it."""
     on_disk, fsync, replace = set(), os.fsync, os.replace
