@@ -232,7 +232,7 @@ def _precision(weights: Weights, rules: list[Rule]) -> tuple[str, ...]:
     rounded = [dtype for dtype in dtypes if dtype != main and _FLOATS[dtype] >= _FLOATS[main]]
     if not rounded:
         return ()
-    return (f"{len(rounded)} tensors of {' and '.join(sorted(set(rounded)))} are rounded to the embedding's {main}",)
+    return (f"{len(rounded)} tensor(s) of {' and '.join(sorted(set(rounded)))} are rounded to the embedding's {main}",)
 
 
 def _xielu_of_tensors(a: Architecture, weights: Weights, said: bool) -> tuple[Architecture, tuple[str, ...]]:

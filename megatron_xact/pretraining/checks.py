@@ -42,7 +42,24 @@ POSITIVE = REQUIRED + (
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
     "context-parallel-size",
+    "log-interval",
+    "eval-interval",
 )
+# From the first, to below the second. Megatron takes them all, and divides by zero or trains on nan.
+RANGES = {
+    "weight-decay": (0, math.inf),
+    "clip-grad": (0, math.inf),
+    "adam-beta1": (0, 1),
+    "adam-beta2": (0, 1),
+    "adam-eps": (1e-30, math.inf),
+    "hidden-dropout": (0, 1),
+    "attention-dropout": (0, 1),
+    "init-method-std": (0, math.inf),
+    "rotary-base": (1, math.inf),
+    "eval-iters": (0, math.inf),
+    "lr-warmup-iters": (0, math.inf),
+    "lr-warmup-samples": (0, math.inf),
+}
 
 
 def validate(config: RunConfig, world_size: int | None = None) -> None:
@@ -74,7 +91,7 @@ def validate(config: RunConfig, world_size: int | None = None) -> None:
 
 
 def required(args: Namespace) -> None:
-    """What every run has to say. ValueError: the first thing that is missing, or a size below 1."""
+    """What every run has to say. ValueError: the first thing that is missing, or a number out of its range."""
     for name in REQUIRED:
         if getattr(args, name.replace("-", "_")) is None:
             raise ValueError(f"{name} is missing; every run needs it")
@@ -88,6 +105,11 @@ def required(args: Namespace) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
+    for name, (least, below) in RANGES.items():
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not least <= value < below:
+            end = "finite" if below == math.inf else f"below {below}"
+            raise ValueError(f"{name} = {value} must be at least {least} and {end}")
 
 
 def _seed(args: Namespace) -> None:
@@ -328,7 +350,7 @@ def _tokenizer(args: Namespace) -> None:
     if args.tokenizer_type == "HuggingFaceTokenizer" and path and (Path(path) / "tokenizer.json").is_file():
         from megatron_xact.pretraining.data import manifest, tokenizer
 
-        given = [p for name in arguments.DATA_PREFIXES for p in getattr(args, name.replace("-", "_")) or []]
+        given = [p for name in arguments.DATA_PREFIXES for p in prefixes(getattr(args, name.replace("-", "_")) or [])]
         for folder in dict.fromkeys(Path(prefix).parent for prefix in given):
             made_with = folder / manifest.TOKENIZER
             if (folder / manifest.NAME).is_file() and (made_with / "tokenizer.json").is_file():

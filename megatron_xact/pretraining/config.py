@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -353,8 +354,8 @@ def _merge_activation(inherited: dict, entries: dict, place: str) -> dict:
         if not isinstance(value, kind) or isinstance(value, bool):
             _refuse_unknown(key, place)
             raise ValueError(f"{key} = {value!r} ({place}): expected {words}")
-        if key in ("lr_mult", "weight_decay") and value < 0:
-            raise ValueError(f"{key} = {value!r} ({place}): a multiplier cannot be negative")
+        if key in ("lr_mult", "weight_decay") and not 0 <= value < math.inf:
+            raise ValueError(f"{key} = {value!r} ({place}): a multiplier must be finite and not negative")
     if "trainable" in entries and not all(isinstance(name, str) for name in entries["trainable"]):
         raise ValueError(f"trainable = {entries['trainable']!r} ({place}): expected a list of parameter names")
     if "name" in entries and entries["name"] != inherited.get("name"):

@@ -221,7 +221,7 @@ def test_what_is_rounded_is_said(hf_models, tmp_path):
     weights["model.norm.weight"] = weights["model.norm.weight"].float()
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     done = import_checkpoint(source, tmp_path / "out", verify=False)
-    assert done.dtype == "bfloat16" and done.notes == ("1 tensors of F32 are rounded to the embedding's BF16",)
+    assert done.dtype == "bfloat16" and done.notes == ("1 tensor(s) of F32 are rounded to the embedding's BF16",)
 
 
 def test_another_clamp_is_refused(hf_models, tmp_path):

@@ -17,6 +17,7 @@ from megatron_xact.pretraining import arguments
 from megatron_xact.pretraining.checkpointing.folder import check_checkpoint
 from megatron_xact.pretraining.checks import validate
 from megatron_xact.pretraining.config import RunConfig, load
+from megatron_xact.pretraining.data.indexed import SplitWriter
 
 CONFIGS = [
     path for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.toml")) if path.parent.name != "studies"
@@ -191,7 +192,8 @@ def test_bad_arguments_are_told_in_one_line(tmp_path, line, message):
         (TINY + "alpha_n = 0.2\nbeta = 0.5", "alpha_n"),
         (TINY + "beta = 'half'", "beta = 'half' (bad.toml [activation]): expected a number"),
         (TINY + "nam = 'xielu'", "unknown key 'nam' (bad.toml [activation]); nearest: 'name'"),
-        (TINY + "lr-mult = -1", "a multiplier cannot be negative"),
+        (TINY + "lr-mult = -1", "a multiplier must be finite and not negative"),
+        (TINY + "weight-decay = nan", "a multiplier must be finite and not negative"),
         (TINY + "trainable = 'beta'", "expected a list of parameter names"),
         (TINY + "trainable = [1]", "expected a list of parameter names"),
         (
@@ -429,8 +431,10 @@ def test_default_ffn_size_is_checked_as_megatron_sizes_it(tiny):
 
 
 def test_existing_data_and_tokenizer_pass_and_one_missing_half_is_named(tmp_path, tiny):
-    for name in ("text.bin", "text.idx", "tokenizer"):
-        (tmp_path / name).touch()
+    writer = SplitWriter(tmp_path, "text", vocab_size=512)
+    writer.add([1, 2, 3], num_bytes=3)
+    writer.finish()
+    (tmp_path / "tokenizer").touch()
     prefix, tokenizer = str(tmp_path / "text"), str(tmp_path / "tokenizer")
     config = tiny.with_overrides(["--data-path", prefix, "--tokenizer-model", tokenizer])
     validate(config, 1)
