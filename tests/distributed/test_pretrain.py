@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from argparse import Namespace
 
 import matplotlib.image
 import pytest
@@ -125,7 +126,7 @@ def test_what_is_asked_of_the_samples_reaches_megatrons_datasets(runs, monkeypat
     args = arguments.parse(config_file.load(runs.config).with_overrides(words.split()).arguments())
     args.iteration, args.eval_global_batch_size, args.data_parallel_size = 0, 4, 1
     monkeypatch.setattr(gpt, "get_args", lambda: args)
-    monkeypatch.setattr(gpt, "build_tokenizer", lambda args: None)
+    monkeypatch.setattr(gpt, "build_tokenizer", lambda args: Namespace(eod=0))
     monkeypatch.setattr(gpt, "GPTDatasetConfig", asked)
     with pytest.raises(Asked) as error:
         gpt.datasets_provider((8, 4, 4))
